@@ -1,0 +1,157 @@
+"""Text to token ids and back, together with the special tokens that frame documents and images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+_NAMES = ("pad", "bos", "eos", "boi", "eoi", "patch")
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that the byte-level pre-tokenizer uses for each of the 256 bytes (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [table[byte] for byte in range(256)]
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers.Tokenizer` that has Ropeway's special tokens.
+
+    Attributes `pad, bos, eos, boi, eoi, patch` are the ids of `<|pad|>` ... `<|patch|>`. `<|rows:h|>` and `<|cols:w|>`
+    for h, w = 1..max_grid have the consecutive ids `first_row + h - 1` and `first_col + w - 1`.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        """Use `inner` as it is. Raises ValueError where a special token is missing or would come out of plain text."""
+        # Without this a user who types "<|bos|>" would smuggle a control token in. It is not kept in the JSON form.
+        inner.encode_special_tokens = True
+        self.inner = inner
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        for name in _NAMES:
+            if f"<|{name}|>" not in vocabulary:
+                raise ValueError(f"tokenizer has no <|{name}|> token; make it with Tokenizer.with_specials(...)")
+        self.pad, self.bos, self.eos, self.boi, self.eoi, self.patch = (vocabulary[f"<|{name}|>"] for name in _NAMES)
+        self.first_row, row_count = _sizes(vocabulary, "rows")
+        self.first_col, col_count = _sizes(vocabulary, "cols")
+        if row_count != col_count:
+            raise ValueError(f"tokenizer has {row_count} <|rows:h|> but {col_count} <|cols:w|> tokens; need as many")
+        self.max_grid = row_count
+        self.vocab_size = max(vocabulary.values()) + 1
+        sizes = [first + n for first in (self.first_row, self.first_col) for n in range(self.max_grid)]
+        self._specials = frozenset([*(vocabulary[f"<|{name}|>"] for name in _NAMES), *sizes])
+        self._is_bytes = _is_plain_bytes(inner)
+        if not self._specials.isdisjoint(self._inner_ids(" ".join(f"<|{name}|>" for name in (*_NAMES, "rows:1")))):
+            raise ValueError("tokenizer turns the text '<|bos|>' into a control token; use a byte-level BPE model")
+
+    @classmethod
+    def with_specials(cls, inner: tokenizers.Tokenizer, max_grid: int = 64) -> Tokenizer:
+        """Append the special tokens to `inner` (changed in place), for images of up to max_grid x max_grid patches."""
+        if max_grid < 1:
+            raise ValueError(f"max_grid is {max_grid}; it must be at least 1")
+        names = [*_NAMES, *(f"{axis}:{size}" for axis in ("rows", "cols") for size in range(1, max_grid + 1))]
+        inner.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names])
+        return cls(inner)
+
+    @classmethod
+    def bytes(cls, max_grid: int = 64) -> Tokenizer:
+        """Ids 0..255 are the bytes of UTF-8; the special tokens follow. Needs no training and no file."""
+        inner = tokenizers.Tokenizer(models.BPE(vocab={c: byte for byte, c in enumerate(_byte_alphabet())}, merges=[]))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        return cls.with_specials(inner, max_grid)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a `tokenizer.json` that already has the special tokens. Raises ValueError naming the file."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(os.fspath(path)))
+        except Exception as error:  # the Rust side raises plain Exception for missing and malformed files alike
+            raise ValueError(f"{os.fspath(path)}: not a usable tokenizer file: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json`, readable by `tokenizers` and `transformers`."""
+        self.inner.save(os.fspath(path))
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        # Pickling the inner tokenizer would lose encode_special_tokens, so that data workers encoded differently.
+        return _from_json, (self.inner.to_str(),)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Never a special id, whatever the text contains. Raises ValueError on lone surrogates."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as int32 array of shape (number of ids,)."""
+        if self._is_bytes:
+            return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
+        return np.array(self._inner_ids(text), dtype=np.int32)
+
+    def count(self, text: str) -> int:
+        """Number of ids of `text`, without building them where that is possible."""
+        return len(_utf8(text)) if self._is_bytes else len(self._inner_ids(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. Special tokens are skipped and invalid UTF-8 becomes U+FFFD.
+
+        Raises ValueError for an id outside 0..vocab_size-1.
+        """
+        kept = []
+        for id in map(int, ids):
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(f"token id {id} is outside 0..{self.vocab_size - 1}")
+            if id not in self._specials:
+                kept.append(id)
+        return bytes(kept).decode("utf-8", "replace") if self._is_bytes else self.inner.decode(kept)
+
+    def row(self, rows: int) -> int:
+        """Id of `<|rows:h|>` for h = 1..max_grid."""
+        return self.first_row + self._size(rows) - 1
+
+    def col(self, cols: int) -> int:
+        """Id of `<|cols:w|>` for w = 1..max_grid."""
+        return self.first_col + self._size(cols) - 1
+
+    def _size(self, size: int) -> int:
+        if not 1 <= size <= self.max_grid:
+            raise ValueError(f"an image of {size} patches along one side is outside the tokenizer's 1..{self.max_grid}")
+        return size
+
+    def _inner_ids(self, text: str) -> list[int]:
+        _utf8(text)
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+
+def _from_json(json: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(json))
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text is not valid Unicode (lone surrogate at character {error.start})") from error
+
+
+def _sizes(vocabulary: dict[str, int], axis: str) -> tuple[int, int]:
+    """(id of size 1, number of sizes) of the `<|axis:n|>` tokens. Raises ValueError unless the ids are consecutive."""
+    found = {int(m[1]): id for token, id in vocabulary.items() if (m := re.fullmatch(rf"<\|{axis}:(\d+)\|>", token))}
+    first = found.get(1, 0)
+    if not found or any(found.get(size) != first + size - 1 for size in range(1, len(found) + 1)):
+        raise ValueError(f"tokenizer's <|{axis}:1|>, <|{axis}:2|>, ... are missing or not consecutive ids")
+    return first, len(found)
+
+
+def _is_plain_bytes(inner: tokenizers.Tokenizer) -> bool:
+    """Whether encoding is exactly `list(text.encode())`, which NumPy does about ten times faster."""
+    if not isinstance(inner.model, models.BPE) or inner.normalizer is not None or inner.post_processor is not None:
+        return False
+    vocabulary = inner.get_vocab(with_added_tokens=False)
+    byte_level = isinstance(inner.pre_tokenizer, pre_tokenizers.ByteLevel) and not inner.pre_tokenizer.add_prefix_space
+    return byte_level and vocabulary == {c: byte for byte, c in enumerate(_byte_alphabet())}

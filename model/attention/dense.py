@@ -1,0 +1,75 @@
+"""Softmax attention, exact: the reference for every other kind, and the default."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention.documents import Documents
+from model.rope import Rotation, rotate
+
+
+@dataclass
+class DenseState:
+    """Rotated keys and values of the slots so far, (B, K, T, E) each."""
+
+    key_BKTE: Tensor
+    value_BKTE: Tensor
+
+
+class DenseAttention(nn.Module):
+    """Causal softmax attention inside each document.
+
+    Documents are gathered into groups of similar length and attended as separate, right-padded sequences: a real slot
+    never sees the padding behind it, so no mask is needed and short documents in a long row cost little.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.scale = head_dim**-0.5
+
+    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents) -> Tensor:
+        """Attend over whole rows; padding slots return zeros. Returns (B, S, H, E)."""
+        return self._grouped(rotate(q_BSHE, angles), rotate(k_BSKE, angles), v_BSKE, documents)
+
+    def prefill(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
+                capacity: int) -> tuple[Tensor, DenseState]:  # fmt: skip
+        """Attend over prompts that begin at slot 0 of their row, and keep their keys and values."""
+        rotated = rotate(k_BSKE, angles)
+        out = self._grouped(rotate(q_BSHE, angles), rotated, v_BSKE, documents)
+        batch, slots, heads, width = rotated.shape
+        state = DenseState(*(rotated.new_zeros(batch, heads, capacity, width) for _ in range(2)))
+        state.key_BKTE[:, :, :slots] = rotated.transpose(1, 2)
+        state.value_BKTE[:, :, :slots] = v_BSKE.transpose(1, 2)
+        return out, state
+
+    def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, longest: int,
+             state: DenseState) -> Tensor:  # fmt: skip
+        """One more slot for every sample. length_B: slots already held; longest: their maximum, known on the host."""
+        sample = torch.arange(len(length_B), device=length_B.device)
+        state.key_BKTE[sample, :, length_B] = rotate(k_B1KE, angles)[:, 0]
+        state.value_BKTE[sample, :, length_B] = v_B1KE[:, 0]
+        seen = torch.arange(longest + 1, device=length_B.device) <= length_B[:, None]
+        out = F.scaled_dot_product_attention(
+            rotate(q_B1HE, angles).transpose(1, 2),
+            state.key_BKTE[:, :, : longest + 1],
+            state.value_BKTE[:, :, : longest + 1],
+            attn_mask=seen[:, None, None],
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)
+
+    def _grouped(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents) -> Tensor:
+        q, k, v = (x.flatten(0, 1) for x in (q_BSHE, k_BSKE, v_BSKE))
+        out = torch.zeros_like(q)
+        for group in documents.groups:
+            gathered = (_gather(x, group.slot_GL).transpose(1, 2) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(*gathered, is_causal=True, scale=self.scale, enable_gqa=True)
+            out = out.index_copy(0, group.slot_GL[group.valid_GL], attended.transpose(1, 2)[group.valid_GL])
+        return out.view_as(q_BSHE)
+
+
+def _gather(x: Tensor, slot_GL: Tensor) -> Tensor:
+    return x.index_select(0, slot_GL.flatten()).unflatten(0, slot_GL.shape)

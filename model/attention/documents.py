@@ -1,0 +1,55 @@
+"""Where the documents of a batch lie, so that the cost of attention follows the documents and not the row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents of similar length. slot_GL holds indices into the flattened (B * S) slots; where a document is shorter
+    than L the index repeats its last slot and valid_GL is False."""
+
+    slot_GL: Tensor
+    valid_GL: Tensor
+
+    def to(self, device: torch.device | str) -> "Group":
+        return Group(self.slot_GL.to(device), self.valid_GL.to(device))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch in groups of similar length, and whether they are simply the rows (no regrouping)."""
+
+    groups: tuple[Group, ...]
+    squared_lengths: int
+    """Sum of length squared over documents, for FLOP counts."""
+
+    @classmethod
+    def of(cls, document_BS: Tensor) -> "Documents":
+        """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
+
+        Groups collect lengths between two powers of two, so padding at most doubles the attention of a document.
+        """
+        flat = document_BS.flatten()
+        row_length = document_BS.shape[1]
+        slot = torch.arange(flat.numel())
+        starts_here = torch.ones_like(flat, dtype=torch.bool)
+        starts_here[1:] = flat[1:] != flat[:-1]
+        starts_here |= slot % row_length == 0
+        bounds = torch.cat((slot[starts_here], torch.tensor([flat.numel()])))
+        real = flat[bounds[:-1]] > 0
+        start, length = bounds[:-1][real], (bounds[1:] - bounds[:-1])[real]
+        groups = []
+        octave = torch.log2(length.double()).ceil().long()
+        for value in octave.unique():
+            chosen = octave == value
+            offset = torch.arange(int(length[chosen].max()))
+            valid_GL = offset < length[chosen, None]
+            slot_GL = start[chosen, None] + torch.minimum(offset, length[chosen, None] - 1)
+            groups.append(Group(slot_GL, valid_GL))
+        return cls(tuple(groups), int((length**2).sum()))
+
+    def to(self, device: torch.device | str) -> "Documents":
+        return Documents(tuple(group.to(device) for group in self.groups), self.squared_lengths)

@@ -1,0 +1,182 @@
+"""Sizes and choices of a model: frozen, validated, and able to count their own parameters and FLOPs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.attention import KINDS
+from model.positions import LAYOUTS
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids that shape a sequence. They come from the tokenizer; ids below `pad` are text.
+
+    `first_row + h - 1` announces an image of h patch rows, `first_col + w - 1` one of w patch columns.
+    """
+
+    size: int
+    pad: int
+    bos: int
+    eos: int
+    boi: int
+    eoi: int
+    patch: int
+    first_row: int
+    first_col: int
+    max_grid: int
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The per-patch diffusion head: an AdaLN MLP (spec of MAR's DiffLoss) trained by flow matching."""
+
+    width: int = 512
+    """Hidden width."""
+    depth: int = 4
+    """Residual blocks."""
+    prediction: Literal["x", "v", "eps"] = "x"
+    """What the network outputs: the clean patch, the velocity or the noise. The loss is in v (JiT)."""
+    draws: int = 4
+    """Independent (time, noise) draws per patch and step; the backbone runs once for all of them."""
+    time_mean: float = -0.8
+    """Mean of the logit-normal law of the training time."""
+    time_std: float = 0.8
+    """Standard deviation of the logit-normal law of the training time."""
+    time_eps: float = 0.05
+    """Lower bound of 1 - t (and of t for eps) where the loss divides by it."""
+    time_scale: float = 1.0
+    """Factor on t before its sinusoidal embedding."""
+    noise_scale: float = 1.0
+    """Standard deviation of the noise at t = 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "draws"):
+            _positive(f"model.head.{name}", getattr(self, name))
+        for name in ("time_std", "time_scale", "noise_scale"):
+            _positive(f"model.head.{name}", getattr(self, name))
+        if not 0 < self.time_eps < 1:
+            raise ValueError(f"model.head.time_eps is {self.time_eps}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer: pre-RMSNorm, SwiGLU, grouped-query attention, rotary positions for text and images."""
+
+    dim: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); default: num_heads."""
+    head_dim: int | None = None
+    """Width of a head; default: dim / num_heads. A multiple of 4, so that both coordinates get equal pairs."""
+    ffn_dim: int | None = None
+    """Inner width of SwiGLU; default: 8/3 dim rounded up to a multiple of 64."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys, per head, before the rotation."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm of the backbone."""
+    attention: str = "dense"
+    """Kind of attention, a name of model.attention.KINDS."""
+    positions: str = "tv"
+    """Position layout, a name of model.positions.LAYOUTS."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_frequencies: Literal["alternate", "paired"] = "alternate"
+    """alternate: text is exactly RoPE-1D. paired: both coordinates share each frequency, text is not RoPE-1D."""
+    output_embedding: Literal["untied", "tied", "tied_half_swap"] = "untied"
+    """Text head. tied_half_swap ties the embedding but swaps its halves, which cures the loss at the start."""
+    patch_size: int = 8
+    """Side of a patch in pixels."""
+    patch_bottleneck: int | None = None
+    """Rank of a low-rank patch embedding (JiT uses 128 or 256); default: none."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "patch_size", "rope_base"):
+            _positive(f"model.{name}", getattr(self, name))
+        for name in ("num_kv_heads", "head_dim", "ffn_dim", "patch_bottleneck"):
+            if getattr(self, name) is not None:
+                _positive(f"model.{name}", getattr(self, name))
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; set model.head_dim")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.kv_heads}")
+        if self.head_width % 4:
+            raise ValueError(f"the head width {self.head_width} (model.dim / model.num_heads) must be a multiple of 4")
+        if self.output_embedding == "tied_half_swap" and self.dim % 2:
+            raise ValueError(f"model.output_embedding tied_half_swap needs an even model.dim, not {self.dim}")
+        if self.positions not in LAYOUTS:
+            raise ValueError(f"model.positions {self.positions!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+        if self.attention not in KINDS:
+            raise ValueError(f"model.attention {self.attention!r} is unknown; choose one of {', '.join(KINDS)}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim or -(-8 * self.dim // 3 // 64) * 64
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in a patch."""
+        return 3 * self.patch_size**2
+
+    def _layer_matrices(self) -> int:
+        attention = self.dim * self.head_width * 2 * (self.num_heads + self.kv_heads)
+        return attention + 3 * self.dim * self.ffn_width
+
+    def num_parameters(self, vocabulary_size: int) -> dict[str, int]:
+        """Trainable parameters of each part; their sum is the whole model."""
+        per_layer = self._layer_matrices() + 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
+        rank, patch, dim = self.patch_bottleneck, self.patch_width, self.dim
+        embed = patch * rank + rank * dim + dim if rank else patch * dim + dim
+        tokens = vocabulary_size * dim * (2 if self.output_embedding == "untied" else 1)
+        return {
+            "backbone": self.num_layers * per_layer + dim,
+            "tokens": tokens,
+            "patch_embedding": embed,
+            "diffusion_head": self._head_parameters(),
+        }
+
+    def _head_parameters(self) -> int:
+        width, depth, patch = self.head.width, self.head.depth, self.patch_width
+        blocks = depth * (5 * width**2 + 7 * width)
+        final = 2 * width**2 + 2 * width + width * patch + patch
+        time = 256 * width + width + width**2 + width
+        location = LOCATION_FEATURES * width + width
+        return blocks + final + time + location + (self.dim * width + width) + (patch * width + width)
+
+    def flops_per_step(self, slots: int, squared_lengths: int, text_targets: int, patches: int, patch_targets: int,
+                       vocabulary_size: int) -> float:  # fmt: skip
+        """Matrix FLOPs of one forward and backward pass (3 x forward, 2 per multiply-add).
+
+        Args:
+            slots: occupied slots. squared_lengths: sum over documents of length squared (attention follows the
+            documents and is causal, so half of it counts). text_targets, patch_targets: learned labels.
+            patches: patches that are read.
+        """
+        backbone = slots * self.num_layers * self._layer_matrices()
+        attention = self.num_layers * self.num_heads * self.head_width * squared_lengths
+        text = text_targets * self.dim * vocabulary_size
+        rank = self.patch_bottleneck
+        embed = patches * (self.patch_width * rank + rank * self.dim if rank else self.patch_width * self.dim)
+        head = patch_targets * self.head.draws * self._head_parameters()
+        return 6.0 * (backbone + attention + text + embed + head)
+
+
+LOCATION_FEATURES = 256
+"""Sinusoidal features of a target patch: 64 sines and cosines each for row, column, and the distances to the far edges."""
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; it must be positive")

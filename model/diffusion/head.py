@@ -1,0 +1,90 @@
+"""The network of the diffusion head: an AdaLN MLP over one noised patch (MAR, arXiv 2406.11838, code of LTH14/mar)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import LOCATION_FEATURES, ModelConfig
+
+_TIME_FEATURES = 256
+
+
+class DiffusionHead(nn.Module):
+    """Predicts the clean patch, velocity or noise of a noised patch, given the hidden state before it and its place.
+
+    Every AdaLN linear and the last linear start at zero, so the output is exactly 0 at initialisation.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, patch = config.head.width, config.patch_width
+        self.time_scale = config.head.time_scale
+        self.patch_in = nn.Linear(patch, width)
+        self.condition_in = nn.Linear(config.dim, width)
+        self.location_in = nn.Linear(LOCATION_FEATURES, width)
+        self.time_in = nn.Linear(_TIME_FEATURES, width)
+        self.time_out = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(config.head.depth))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.patch_out = nn.Linear(width, patch)
+
+    def initialise(self) -> None:
+        """Xavier linears with zero biases, N(0, 0.02) for the time embedding, zeros where the head must start silent."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (self.time_in, self.time_out):
+            nn.init.normal_(linear.weight, std=0.02)
+        silent = [block.modulation for block in self.blocks] + [self.final_modulation, self.patch_out]
+        for linear in silent:
+            nn.init.zeros_(linear.weight)
+
+    def condition(self, hidden_ND: Tensor, location_N4: Tensor) -> Tensor:
+        """What does not depend on the time: hidden state and place of the target patch. Returns (N, W).
+
+        location_N4: row, col (1-based), rows, cols of the target patch.
+        """
+        row, col, rows, cols = location_N4.unbind(-1)
+        edges = torch.stack((row, col, rows - row, cols - col), dim=-1).float()
+        features = sinusoid(edges, LOCATION_FEATURES // 4).flatten(-2)
+        return self.condition_in(hidden_ND) + self.location_in(features.to(hidden_ND.dtype))
+
+    def forward(self, z_MP: Tensor, time_M: Tensor, condition_MW: Tensor) -> Tensor:
+        """One evaluation. time_M in [0, 1], 0 is noise. Returns (M, P)."""
+        features = sinusoid(time_M * self.time_scale, _TIME_FEATURES)
+        # The embedding of the time stays float32 under autocast: nearby times must not collapse.
+        with torch.autocast(z_MP.device.type, enabled=False):
+            time_MW = self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+        modulator_MW = F.silu(time_MW + condition_MW)
+        u_MW = self.patch_in(z_MP)
+        for block in self.blocks:
+            u_MW = block(u_MW, modulator_MW)
+        shift, scale = self.final_modulation(modulator_MW).chunk(2, dim=-1)
+        return self.patch_out(F.layer_norm(u_MW, u_MW.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, u_MW: Tensor, modulator_MW: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(modulator_MW).chunk(3, dim=-1)
+        return u_MW + gate * self.down(F.silu(self.up(self.norm(u_MW) * (1 + scale) + shift)))
+
+
+def sinusoid(value: Tensor, features: int) -> Tensor:
+    """Cosines then sines of value * 10000^(-2i/features), i < features/2. Returns value.shape + (features,) float32."""
+    half = features // 2
+    frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=value.device, dtype=torch.float32))
+    angle = value.float().unsqueeze(-1) * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)

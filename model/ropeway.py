@@ -1,0 +1,106 @@
+"""The whole model: embeddings, positions, backbone, text head and diffusion head."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Batch, to_pixels
+from model.config import ModelConfig, Vocabulary
+from model.diffusion.flow import draw, flow_loss
+from model.diffusion.head import DiffusionHead
+from model.positions import LAYOUTS, Grid
+from model.rope import Rotation, frequencies, rotation
+from model.text_head import TextHead
+from model.transformer import Backbone
+
+
+class Losses(NamedTuple):
+    """Sums over the labels of a batch, never means: the caller divides by the counts of the whole optimizer step."""
+
+    text: Tensor
+    """Cross-entropy in nats, summed over learned text tokens."""
+    image: Tensor
+    """Velocity error (mean over a patch's numbers and draws), summed over learned patches."""
+
+
+class Ropeway(nn.Module):
+    """One Transformer that reads and writes text tokens and raw pixel patches in one sequence."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.token_embedding = nn.Embedding(vocabulary.size, config.dim)
+        rank = config.patch_bottleneck
+        self.patch_embedding: nn.Module = nn.Linear(config.patch_width, config.dim)
+        if rank is not None:
+            self.patch_embedding = nn.Sequential(
+                nn.Linear(config.patch_width, rank, bias=False), nn.Linear(rank, config.dim)
+            )
+        self.backbone = Backbone(config)
+        weight = self.token_embedding.weight
+        if config.output_embedding == "untied":
+            weight = nn.Parameter(torch.empty(vocabulary.size, config.dim))
+        self.text_head = TextHead(weight, half_swap=config.output_embedding == "tied_half_swap")
+        self.diffusion_head = DiffusionHead(config)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fill every parameter from a seed. Matrices N(0, 1/fan_in) with the ones that write to the residual stream
+        divided by sqrt(2 * layers) (GPT-2); embeddings N(0, 0.02); norms 1. The diffusion head has its own rule."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, parameter in self.backbone.named_parameters():
+                if parameter.dim() < 2:
+                    nn.init.ones_(parameter)
+                    continue
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                depth = 2 * self.config.num_layers if writes else 1
+                nn.init.normal_(parameter, std=(parameter.shape[1] * depth) ** -0.5)
+            for module in self.patch_embedding.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            if self.config.output_embedding == "untied":
+                nn.init.normal_(self.text_head.weight, std=0.02)
+            self.diffusion_head.initialise()
+
+    def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor) -> Tensor:
+        """Token embeddings, with clean patches (in [-1, 1]) put into their slots in order. Returns (B, S, D)."""
+        x_BSD = self.token_embedding(token_BS)
+        # With no patch in the batch this still links the patch embedding to the loss, so no rank's gradient is missing.
+        patches_ND = self.patch_embedding(patches_NP).to(x_BSD.dtype)
+        return x_BSD.masked_scatter(is_patch_BS.unsqueeze(-1), patches_ND)
+
+    def angles(self, grid: Grid) -> Rotation:
+        """Rotary angles of every slot in float32."""
+        config = self.config
+        theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, grid.index_BS.device)
+        return rotation(LAYOUTS[config.positions](grid), theta_F)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1."""
+        x_BSD = self.embed(batch.token_BS, batch.rows_BS > 0, to_pixels(batch.patches_NP))
+        return self.backbone(x_BSD, self.angles(batch.grid), batch.documents)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Loss sums of a batch. Every parameter takes part, whatever kinds of targets the batch holds."""
+        hidden_XD = self.hidden(batch).flatten(0, 1)
+        text_BS, image_BS = batch.targets()
+        text_slot, image_slot = (mask.flatten().nonzero()[:, 0] for mask in (text_BS, image_BS))
+        text_N = self.text_head.loss(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
+
+        head, target = self.config.head, image_slot + 1
+        patch_ordinal = (batch.rows_BS > 0).flatten().cumsum(0) - 1
+        x_NP = to_pixels(batch.patches_NP[patch_ordinal[target]])
+        place = (batch.row_BS, batch.col_BS, batch.rows_BS, batch.cols_BS)
+        location_N4 = torch.stack([column.flatten()[target] for column in place], dim=-1)
+        time_M1, noise_MP = draw(
+            image_BS.sum(1).tolist(), list(batch.seed_B), self.config.patch_width, head, hidden_XD.device
+        )
+        image_N = flow_loss(
+            self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, time_M1, noise_MP, head
+        )
+        return Losses(text_N.sum(), image_N.sum())

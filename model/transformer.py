@@ -1,0 +1,95 @@
+"""The causal backbone: pre-RMSNorm blocks of attention and SwiGLU, with the names and shapes of Llama and Qwen."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import KINDS
+from model.config import ModelConfig
+from model.rope import Rotation
+
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""How a block's attention is called with (kind, q, k, v): over a whole batch, filling a state, or one step."""
+
+
+class Attention(nn.Module):
+    """Projections, optional query/key norm, and a kind of attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_width = width = config.head_width
+        self.q_proj = nn.Linear(config.dim, config.num_heads * width, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * width, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.kind = KINDS[config.attention](width)
+
+    def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
+        q, k, v = (linear(x_BSD).unflatten(-1, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return self.o_proj(attend(self.kind, q, k, v).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.ffn_width)
+
+    def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), attend)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class Backbone(nn.Module):
+    """Blocks and a final RMSNorm. The three calls differ only in how attention reads the past."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x_BSD: Tensor, angles: Rotation, documents: object) -> Tensor:
+        """Whole rows, each slot sees the past of its document."""
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, lambda kind, q, k, v: kind(q, k, v, angles, documents))
+        return self.norm(x_BSD)
+
+    def prefill(self, x_BSD: Tensor, angles: Rotation, documents: object, capacity: int) -> tuple[Tensor, list]:
+        """Whole prompts, and one decode state per layer with room for `capacity` slots."""
+        states: list = []
+
+        def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, state = kind.prefill(q, k, v, angles, documents, capacity)  # type: ignore[operator]
+            states.append(state)
+            return out
+
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, attend)
+        return self.norm(x_BSD), states
+
+    def step(self, x_B1D: Tensor, angles: Rotation, length_B: Tensor, longest: int, states: list) -> Tensor:
+        """One more slot for every sample; sample b already holds length_B[b] slots."""
+        for layer, state in zip(self.layers, states, strict=True):
+            x_B1D = layer(x_B1D, lambda kind, q, k, v, s=state: kind.step(q, k, v, angles, length_B, longest, s))
+        return self.norm(x_B1D)
