@@ -46,7 +46,7 @@ $(VENV)/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Ropeway needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1 || echo missing)." \
 	       "Name another one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The stamps make a second `make demo` start at once; a changed requirement installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

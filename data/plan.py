@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -38,9 +38,10 @@ def hash_ids(ids: np.ndarray, *keys: int) -> np.ndarray:
 class Plan:
     """An endless list of rows over num_documents documents; every epoch holds each document exactly once.
 
-    Each epoch is shuffled and cut into windows of about `window` documents; inside a window, documents are packed by
-    best fit and the rows shuffled. So row r needs only the lengths of the windows up to its own. The number of rows of
-    each window is kept (8 bytes per window); of the rows themselves only a few windows.
+    Each epoch is shuffled and cut into windows of about `window` documents (by default 4096, or row_length where that
+    is more); inside a window, documents are packed by best fit and the rows shuffled. So row r needs only the lengths
+    of the windows up to its own. The number of rows of each window is kept (8 bytes per window); of the rows
+    themselves only a few windows.
 
     `lengths(epoch, ids)` gives the slots of the documents `ids` (int64) in that epoch, as integers >= 1.
     """
@@ -51,10 +52,12 @@ class Plan:
         num_documents: int,
         row_length: int,
         seed: int,
-        window: int = 4096,
+        window: int | None = None,
     ) -> None:
         if num_documents < 1:
             raise ValueError("there are no documents to plan rows for")
+        if window is None:
+            window = max(4096, row_length)  # so that a window fills dozens of rows even with very short documents
         if row_length < 1 or window < 1:
             raise ValueError(f"row_length {row_length} and window {window} must be at least 1")
         self.num_documents = num_documents
@@ -118,7 +121,9 @@ class Plan:
         keys = hash_ids(np.arange(bins.max() + 1), _ORDER_ROWS, self.seed, epoch, part)
         place = np.argsort(np.argsort(keys, kind="stable"), kind="stable")
         rows = place[bins]
-        return ids[np.argsort(rows, kind="stable")], np.cumsum(np.bincount(rows))
+        ids = ids[np.argsort(rows, kind="stable")]
+        ids.flags.writeable = False  # `row` hands out views of it
+        return ids, np.cumsum(np.bincount(rows))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -128,22 +133,25 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """
     bins = [0] * len(lengths)
     num_bins = 0
-    open_bins: list[list[int]] = [[] for _ in range(capacity)]  # by room left
-    rooms = 0  # bit k is set where a bin with room k is open, so that the best fit is one bit operation
+    rooms: list[int] = []  # the different rooms left in open bins, ascending
+    open_bins: dict[int, list[int]] = {}  # the bins that have this room left
     sizes = lengths.tolist()
     for item in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         size = sizes[item]
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            chosen = open_bins[room].pop()
+        at = bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            bin = open_bins[room].pop()
             if not open_bins[room]:
-                rooms ^= 1 << room
+                del open_bins[room], rooms[at]
         else:
-            room, chosen = capacity, num_bins
+            room, bin = capacity, num_bins
             num_bins += 1
-        bins[item] = chosen
-        if room > size:
-            open_bins[room - size].append(chosen)
-            rooms |= 1 << (room - size)
+        bins[item] = bin
+        left = room - size
+        if left in open_bins:
+            open_bins[left].append(bin)
+        elif left:
+            open_bins[left] = [bin]
+            insort(rooms, left)
     return np.array(bins, np.int64)

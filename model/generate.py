@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.attention.dense import KEY_MULTIPLE
 from model.attention.documents import Documents
 from model.batch import to_bytes, to_pixels
 from model.diffusion.guidance import Guidance, guide
@@ -125,14 +126,14 @@ def generate(model: Ropeway, requests: Sequence[Request], sampling: Sampling, pr
 
 def _advance(model: Ropeway, writers: list["_Writer"], streams: "_Streams", sampling: Sampling) -> None:
     """Write one slot of every sample that is not done."""
-    count, device = len(writers), streams.hidden_RD.device
+    device = streams.hidden_RD.device
     slots = [writer.next_forced() for writer in writers]
     asks = [b for b, slot in enumerate(slots) if slot == "token"]
     draws = [b for b, slot in enumerate(slots) if slot == "patch"]
     token = torch.full((streams.rows,), model.vocabulary.pad, dtype=torch.long)
     patch_RP = torch.zeros(streams.rows, model.config.patch_width, dtype=torch.uint8, device=device)
     if asks:
-        logits_NV = model.text_head.logits(streams.hidden_RD[:count])[asks]
+        logits_NV = model.text_head.logits(streams.hidden_RD)[asks]
         allowed_NV = torch.stack([writers[b].allowed() for b in asks]).to(device)
         uniform_N = torch.cat([writers[b].uniform() for b in asks]).to(device)
         chosen = choose_tokens(logits_NV.masked_fill(~allowed_NV, -torch.inf), sampling, uniform_N).tolist()
@@ -299,7 +300,7 @@ class _Streams:
             prompts += [_without_text(prompt, model.vocabulary.pad) for prompt in prompts]
         self.rows = len(prompts)
         lengths = [len(prompt.token) for prompt in prompts]
-        self.longest = max(lengths)
+        self.longest = -(-max(lengths) // KEY_MULTIPLE) * KEY_MULTIPLE
         self.capacity = max(map(_new_slots, requests))
         device = model.token_embedding.weight.device
         total = self.longest + self.capacity + 1
@@ -313,7 +314,8 @@ class _Streams:
         slots = slice(0, self.longest)
         x_RSD = model.embed(self.token_RT[:, slots], self.rows_RT[:, slots] > 0, to_pixels(patches))
         angles = model.angles(Grid(*(column[:, slots] for column in self._grid())))
-        hidden, self.states = model.backbone.prefill(x_RSD, angles, Documents.of(valid.long()).to(device), total)
+        documents = Documents.of(valid.long(), multiple=KEY_MULTIPLE).to(device)
+        hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, total)
         self.hidden_RD = hidden[torch.arange(self.rows, device=device), self.length_R - 1]
 
     def _grid(self) -> Grid:

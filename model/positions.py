@@ -108,7 +108,7 @@ def parse_document(text: str) -> Grid:
     """Columns of one document written as "T2 I2x3 T1": two tokens, an image of 2 rows and 3 columns, one token."""
     columns: list[tuple[int, int, int, int]] = []
     for word in text.split():
-        match = re.fullmatch(r"T(\d+)|I(\d+)x(\d+)", word)
+        match = re.fullmatch(r"T([1-9]\d*)|I([1-9]\d*)x([1-9]\d*)", word)
         if not match:
             raise ValueError(f"{word!r} is neither text such as T2 nor an image such as I2x3 (rows x columns)")
         if match[1]:

@@ -1,7 +1,9 @@
 """The shape of the repository: who may import whom, and that every name means the folder in this repository."""
 
 import ast
+import importlib
 import importlib.util
+import itertools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,3 +151,12 @@ def test_tests_are_not_packages() -> None:
 def test_gitignore_hides_no_package(ignored: str) -> None:
     names = {line.strip().strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()}
     assert ignored.split("/")[0] not in names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_config_loads_and_says_how_to_run_it(path: Path) -> None:
+    settings = importlib.import_module("train.settings")
+    settings.parse(["--config", str(path)])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert f"--config configs/{path.name}" in header, "the header comment must hold the command that runs the file"

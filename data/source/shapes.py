@@ -91,7 +91,7 @@ class Scene:
     def __post_init__(self) -> None:
         single = len(self.things) == 1
         if single != (self.place is not None) or len(self.relations) != len(self.things) - 1 or len(self.things) > 3:
-            raise ValueError(f"a scene is one object with a place, or 2 or 3 objects with relations between, not {self}")
+            raise ValueError(f"a scene is one object with a place, or 2 or 3 objects and their relations, not {self}")
         if len(set(self.things)) < len(self.things):
             raise ValueError(f"the objects of a scene must differ, or no caption can tell them apart: {self.things}")
         if len(set(self.relations)) < len(self.relations):
@@ -106,30 +106,21 @@ def caption(scene: Scene) -> str:
     return str(scene.things[0]) + first + "".join(_CHAIN + r.lstrip() for r in rest)
 
 
-def _one_of(names: Sequence[str] | dict[str, tuple[int, int]] | dict[str, tuple[float, float]]) -> str:
-    return "(" + "|".join(sorted(names, key=len, reverse=True)) + ")"
-
-
-_THING = f"a {_one_of(list(SIZES))} {_one_of(list(COLORS))} {_one_of(SHAPES)}"
-_SINGLE = re.compile(f"{_THING} {_one_of(PLACES)}")
-_CHAINED = re.compile(f"{_THING} {_one_of(RELATIONS)} {_THING}(?:{_CHAIN}{_one_of(RELATIONS)} {_THING})?")
+_THING = f"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+_RELATION = f"({'|'.join(RELATIONS)})"
+_SINGLE = re.compile(f"{_THING} ({'|'.join(PLACES)})")
+_CHAINED = re.compile(f"{_THING} {_RELATION} {_THING}(?:{_CHAIN}{_RELATION} {_THING})?")
 
 
 def parse_caption(text: str) -> Scene:
     """The scene that `text` describes. ValueError when `text` is not a caption of this grammar, letter for letter."""
-
-    def thing(size: str, color: str, shape: str) -> Thing:
-        return Thing(color, shape, size)
-
-    if match := _SINGLE.fullmatch(text):
-        size, color, shape, place = match.groups()
-        return Scene((thing(size, color, shape),), place=place)
-    if match := _CHAINED.fullmatch(text):
-        part = match.groups()
-        things, relations = (thing(*part[0:3]), thing(*part[4:7])), (part[3],)
-        if part[7] is not None:
-            return Scene((*things, thing(*part[8:11])), relations=(*relations, part[7]))
-        return Scene(things, relations=relations)
+    match = _SINGLE.fullmatch(text) or _CHAINED.fullmatch(text)
+    if match:
+        parts = [part for part in match.groups() if part is not None]
+        things = tuple(Thing(parts[i + 1], parts[i + 2], parts[i]) for i in range(0, len(parts) - 2, 4))
+        if len(things) == 1:
+            return Scene(things, place=parts[3])
+        return Scene(things, relations=tuple(parts[3::4]))
     raise ValueError(f"not a caption of the shapes grammar: {text!r}")
 
 
@@ -194,14 +185,14 @@ def _arrangements(relations: tuple[str, ...]) -> tuple[tuple[tuple[int, int], ..
     quarters = list(itertools.product((0, 1), (0, 1)))
     found = []
     for cells in itertools.permutations(quarters, len(relations) + 1):
-        steps = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(cells, cells[1:], strict=False)]
+        steps = [(a[0] - b[0], a[1] - b[1]) for a, b in itertools.pairwise(cells)]
         if all(dx * RELATIONS[r][0] + dy * RELATIONS[r][1] == 1 for (dx, dy), r in zip(steps, relations, strict=True)):
             found.append(cells)
     return tuple(found)
 
 
 def _centers(scene: Scene, radii: np.ndarray, extent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Centers (objects, 2) as x, y in units of the shorter side; `extent`: the picture's (width, height) in that unit."""
+    """Centers (objects, 2) as x, y in units of the shorter side; `extent`: (width, height) of the picture."""
     if scene.place is not None:
         center = np.array(PLACES[scene.place]) * extent + rng.uniform(-_POSITION_JITTER, _POSITION_JITTER, 2)
         margin = radii[0] + _EDGE
@@ -218,13 +209,14 @@ def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> n
     """Draw `scene`: (height, width, 3) uint8 RGB. `rng` gives background, positions, sizes and colors their jitter."""
     side = min(height, width)
     if side < MIN_SIDE:
-        raise ValueError(f"a picture of {height}x{width} pixels is too small to tell shapes apart; use {MIN_SIDE} or more")
+        raise ValueError(f"a {height}x{width} picture is too small to tell shapes apart; use {MIN_SIDE} pixels or more")
     canvas = np.full((height, width, 3), float(rng.integers(BACKGROUND[0], BACKGROUND[1] + 1)))
     count = len(scene.things)
     radii = np.array([SIZES[t.size] for t in scene.things]) * rng.uniform(1 - _RADIUS_JITTER, 1 + _RADIUS_JITTER, count)
-    colors = np.array([COLORS[t.color] for t in scene.things]) + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, (count, 3))
+    shift = rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, (count, 3))
+    colors = np.clip(np.array([COLORS[t.color] for t in scene.things]) + shift, 0, 255)
     centers = _centers(scene, radii, np.array([width, height]) / side, rng) * side
-    for thing, (x, y), radius, color in zip(scene.things, centers, radii * side, np.clip(colors, 0, 255), strict=True):
+    for thing, (x, y), radius, color in zip(scene.things, centers, radii * side, colors, strict=True):
         left, top = max(int(x - radius) - 1, 0), max(int(y - radius) - 1, 0)
         right, bottom = min(int(x + radius) + 2, width), min(int(y + radius) + 2, height)
         xs, ys = np.arange(left, right) + 0.5 - x, np.arange(top, bottom)[:, None] + 0.5 - y
@@ -258,7 +250,7 @@ class Shapes:
         if seed < 0 or size < 1:
             raise ValueError(f"shapes: seed must be >= 0 and size >= 1, not {seed} and {size}")
         if not canvases or any(len(canvas) != 2 or min(canvas) < MIN_SIDE for canvas in canvases):
-            raise ValueError(f"shapes: canvases must be (height, width) pairs of at least {MIN_SIDE} pixels: {canvases}")
+            raise ValueError(f"shapes: canvases must be (height, width) pairs, {MIN_SIDE} pixels or more: {canvases}")
         if max_objects not in (1, 2, 3):
             raise ValueError(f"shapes: max_objects must be 1, 2 or 3, not {max_objects}")
         if not 0.0 <= caption_fraction <= 1.0:

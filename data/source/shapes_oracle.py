@@ -25,7 +25,7 @@ _MAX_ERROR = 0.06  # unexplained part of an object's energy above which it is no
 _MAX_COLOR = 70.0  # RGB distance above which a color is none of the palette (two palette colors are 100 apart)
 _MAX_PLACE = 0.1  # distance from a place's center, per axis, above which an object is at none of the places
 _SIZE_LIMITS = (0.08, 0.28)  # radius / shorter side; outside it is none of the sizes
-_BLURS = (0.0, 0.5, 0.8)  # pixels, Gaussian sigma: a picture as rendered, and slightly blurred ones
+_BLURS = (0.5, 0.0, 0.8)  # pixels, Gaussian sigma: a picture as rendered (0) and blurred ones; the first ranks shapes
 _MAX_NOISE = 12.0  # gray levels: up to this much noise, measured on the background, is not held against an object
 
 
@@ -87,11 +87,11 @@ def score(pixels: np.ndarray, caption: str) -> dict[str, bool]:
     if len(found) != len(scene.things):
         return dict.fromkeys(keys, False)
 
-    def agreement(order: tuple[Found, ...]) -> int:
-        return sum(getattr(f, a) == getattr(t, a) for f, t in zip(order, scene.things, strict=True) for a in attributes)
+    def matches(order: tuple[Found, ...], attribute: str) -> list[bool]:
+        return [getattr(f, attribute) == getattr(t, attribute) for f, t in zip(order, scene.things, strict=True)]
 
-    order = max(itertools.permutations(found), key=agreement)
-    right = {a: all(getattr(f, a) == getattr(t, a) for f, t in zip(order, scene.things, strict=True)) for a in attributes}
+    order = max(itertools.permutations(found), key=lambda order: sum(sum(matches(order, a)) for a in attributes))
+    right = {attribute: all(matches(order, attribute)) for attribute in attributes}
     if scene.place is not None:
         right["place"] = order[0].place == scene.place
     else:
@@ -179,41 +179,72 @@ def _blur(size: int, sigma: float) -> np.ndarray:
     return np.asarray(weight / np.exp(-0.5 * (np.arange(-9, 10) / sigma) ** 2).sum())
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One connected part, cut out: `crop` (rows, columns, 3) is picture minus background, zero away from the part;
+    `xs` (columns,), `ys` (rows, 1): pixel centers; `energy`: squared sum of `crop` less what noise adds to it."""
+
+    crop: np.ndarray
+    xs: np.ndarray
+    ys: np.ndarray
+    energy: float
+
+    def draw(self, shape: str, blur: float, x: float, y: float, radius: float) -> np.ndarray:
+        drawn = coverage(shape, self.xs - x, self.ys - y, radius)
+        if blur:
+            drawn = _blur(len(self.ys), blur) @ drawn @ _blur(len(self.xs), blur)
+        return drawn
+
+    def explain(self, drawn: np.ndarray) -> tuple[float, np.ndarray]:
+        """The part of the energy that `drawn` in its best color leaves over, and that color minus the background."""
+        power = (drawn**2).sum()
+        color = np.tensordot(drawn, self.crop) / power
+        return max(0.0, 1 - float((color**2).sum() * power) / self.energy), color
+
+    def refine(self, shape: str, blur: float, at: np.ndarray) -> np.ndarray:
+        """One Gauss-Newton step on `at` = (x, y, radius): noise moves moments more than it moves the best redrawing."""
+        drawn = self.draw(shape, blur, *at)
+        _, color = self.explain(drawn)
+        step = 0.2  # pixels
+        slopes = np.stack([(self.draw(shape, blur, *(at + step * unit)) - drawn).ravel() / step for unit in np.eye(3)])
+        target = (self.crop @ color / (color @ color) - drawn).ravel()
+        move = np.linalg.solve(slopes @ slopes.T + 1e-6 * np.eye(3), slopes @ target)
+        return at + np.clip(move, -1.0, 1.0)
+
+
 def _identify(difference: np.ndarray, labels: np.ndarray, part: int, background: np.ndarray, noise: float) -> Found:
-    """Name one connected part; `difference`: (height, width, 3) picture minus background; `noise`: variance of a level."""
+    """Name one connected part; `difference`: picture minus background (height, width, 3); `noise`: its variance."""
     height, width = labels.shape
-    side = min(height, width)
-    inside = labels == part
+    inside, others = labels == part, (labels != part) & (labels > 0)
     rows, columns = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
     top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, height)
     left, right = max(columns[0] - 2, 0), min(columns[-1] + 3, width)
     inside = inside[top:bottom, left:right]
-    near = _near(inside)
+    near = _near(inside) & ~others[top:bottom, left:right]
     crop = difference[top:bottom, left:right] * near[..., None]
-    floor = 3 * noise * float(near.sum())
-    energy = max(float((crop**2).sum()) - floor, 1.0)
+    xs, ys = np.arange(left, right) + 0.5, np.arange(top, bottom)[:, None] + 0.5
+    cut = _Part(crop, xs, ys, max(float((crop**2).sum()) - 3 * noise * float(near.sum()), 1.0))
     direction = crop[inside].mean(0)
     weight = crop @ (direction / np.linalg.norm(direction))  # signed, so that noise around the object cancels out
-    xs, ys = np.arange(left, right) + 0.5, np.arange(top, bottom)[:, None] + 0.5
-    total = weight.sum()
-    x, y = (weight * xs).sum() / total, (weight * ys).sum() / total
-    spread = max(float((weight * ((xs - x) ** 2 + (ys - y) ** 2)).sum() / total), 2.0)
-    best = Found(None, None, None, x / width, y / height, spread**0.5 / side, 1.0)
-    color = background
-    for shape, sigma in itertools.product(SHAPES, _BLURS):
+    weight /= weight.sum()
+    x, y = (weight * xs).sum(), (weight * ys).sum()
+    spread = max(float((weight * ((xs - x) ** 2 + (ys - y) ** 2)).sum()), 2.0)
+
+    def start(shape: str, blur: float) -> np.ndarray:
         offset, second = _moments(shape)
-        radius = ((spread - 2 * sigma**2) / second) ** 0.5
-        middle = y - offset * radius
-        drawn = coverage(shape, xs - x, ys - middle, radius)
-        if sigma:
-            drawn = _blur(bottom - top, sigma) @ drawn @ _blur(right - left, sigma)
-        power = (drawn**2).sum()
-        amplitude = np.einsum("yx,yxc->c", drawn, crop) / power
-        error = max(0.0, 1 - float((amplitude**2).sum() * power) / energy)
-        if error < best.error:
-            best = Found(None, shape, None, x / width, middle / height, radius / side, error)
-            color = background + amplitude
-    return _named(best, color)
+        radius = ((spread - 2 * blur**2) / second) ** 0.5
+        return np.array([x, y - offset * radius, radius])
+
+    def error_of(shape: str, blur: float) -> float:
+        return cut.explain(cut.draw(shape, blur, *start(shape, blur)))[0]
+
+    fits = []
+    for shape in sorted(SHAPES, key=lambda shape: error_of(shape, _BLURS[0]))[:2]:
+        blur = min(_BLURS, key=lambda blur: error_of(shape, blur))
+        at = cut.refine(shape, blur, start(shape, blur))
+        fits.append((*cut.explain(cut.draw(shape, blur, *at)), shape, at))
+    error, color, shape, (x, y, radius) = min(fits, key=lambda f: f[0])
+    return _named(shape, error, x / width, y / height, radius / min(height, width), background + color)
 
 
 def _near(inside: np.ndarray) -> np.ndarray:
@@ -226,18 +257,17 @@ def _near(inside: np.ndarray) -> np.ndarray:
     return near
 
 
-def _named(best: Found, color: np.ndarray) -> Found:
-    """`best` with the names of its color and size, and without a shape when the redrawing explains too little."""
+def _named(shape: str, error: float, x: float, y: float, radius: float, color: np.ndarray) -> Found:
+    """The names of what was measured, None where nothing of the grammar is near enough."""
     distances = {name: float(np.linalg.norm(color - value)) for name, value in COLORS.items()}
     nearest = min(distances, key=distances.__getitem__)
     low, high = _SIZE_LIMITS
-    size = min(SIZES, key=lambda name: abs(np.log(best.radius / SIZES[name])))
     return Found(
         color=nearest if distances[nearest] <= _MAX_COLOR else None,
-        shape=best.shape if best.error <= _MAX_ERROR else None,
-        size=size if low <= best.radius <= high else None,
-        x=float(best.x),
-        y=float(best.y),
-        radius=float(best.radius),
-        error=float(best.error),
+        shape=shape if error <= _MAX_ERROR else None,
+        size=min(SIZES, key=lambda name: abs(np.log(radius / SIZES[name]))) if low <= radius <= high else None,
+        x=float(x),
+        y=float(y),
+        radius=float(radius),
+        error=error,
     )

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from model.attention.documents import Documents
 from model.rope import Rotation, rotate
 
+KEY_MULTIPLE = 64
+"""While decoding, keys are attended in multiples of this many slots, the surplus masked: how a sum over keys is split into
+vectors follows their number, and the rounding of a sample must not depend on how long the others of its batch are."""
+
 
 @dataclass
 class DenseState:
@@ -39,6 +43,7 @@ class DenseAttention(nn.Module):
         rotated = rotate(k_BSKE, angles)
         out = self._grouped(rotate(q_BSHE, angles), rotated, v_BSKE, documents)
         batch, slots, heads, width = rotated.shape
+        capacity = _rounded_up(capacity)
         state = DenseState(*(rotated.new_zeros(batch, heads, capacity, width) for _ in range(2)))
         state.key_BKTE[:, :, :slots] = rotated.transpose(1, 2)
         state.value_BKTE[:, :, :slots] = v_BSKE.transpose(1, 2)
@@ -50,11 +55,12 @@ class DenseAttention(nn.Module):
         sample = torch.arange(len(length_B), device=length_B.device)
         state.key_BKTE[sample, :, length_B] = rotate(k_B1KE, angles)[:, 0]
         state.value_BKTE[sample, :, length_B] = v_B1KE[:, 0]
-        seen = torch.arange(longest + 1, device=length_B.device) <= length_B[:, None]
+        reach = _rounded_up(longest + 1)
+        seen = torch.arange(reach, device=length_B.device) <= length_B[:, None]
         out = F.scaled_dot_product_attention(
             rotate(q_B1HE, angles).transpose(1, 2),
-            state.key_BKTE[:, :, : longest + 1],
-            state.value_BKTE[:, :, : longest + 1],
+            state.key_BKTE[:, :, :reach],
+            state.value_BKTE[:, :, :reach],
             attn_mask=seen[:, None, None],
             scale=self.scale,
             enable_gqa=True,
@@ -69,6 +75,10 @@ class DenseAttention(nn.Module):
             attended = F.scaled_dot_product_attention(*gathered, is_causal=True, scale=self.scale, enable_gqa=True)
             out = out.index_copy(0, group.slot_GL[group.valid_GL], attended.transpose(1, 2)[group.valid_GL])
         return out.view_as(q_BSHE)
+
+
+def _rounded_up(slots: int) -> int:
+    return -(-slots // KEY_MULTIPLE) * KEY_MULTIPLE
 
 
 def _gather(x: Tensor, slot_GL: Tensor) -> Tensor:

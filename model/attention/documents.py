@@ -27,10 +27,11 @@ class Documents:
     """Sum of length squared over documents, for FLOP counts."""
 
     @classmethod
-    def of(cls, document_BS: Tensor) -> "Documents":
+    def of(cls, document_BS: Tensor, multiple: int = 1) -> "Documents":
         """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
 
         Groups collect lengths between two powers of two, so padding at most doubles the attention of a document.
+        Their length L is rounded up to a multiple, for callers whose rounding must not depend on the other documents.
         """
         flat = document_BS.flatten()
         row_length = document_BS.shape[1]
@@ -45,7 +46,7 @@ class Documents:
         octave = torch.log2(length.double()).ceil().long()
         for value in octave.unique():
             chosen = octave == value
-            offset = torch.arange(int(length[chosen].max()))
+            offset = torch.arange(-(-int(length[chosen].max()) // multiple) * multiple)
             valid_GL = offset < length[chosen, None]
             slot_GL = start[chosen, None] + torch.minimum(offset, length[chosen, None] - 1)
             groups.append(Group(slot_GL, valid_GL))

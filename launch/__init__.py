@@ -1,0 +1,1 @@
+"""What users start: `python -m launch.generate` and `python -m launch.demo`."""

@@ -1,0 +1,229 @@
+"""`python -m launch.generate --checkpoint RUN_OR_DIR ...`: pictures from prompts, captions of pictures, documents.
+
+    --prompt "a small red circle at the top left" --num-images 4 --out DIR     draw pictures
+    --prompts-file FILE --out DIR                                              draw for every line
+    --image picture.png [more.png ...]                                         describe pictures
+    --document doc.json --out DIR                                              go on with an interleaved document
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.document import Document, Image, Text, parse_document
+from data.image import load_image
+from model.diffusion.guidance import Guidance
+from model.diffusion.sampler import SAMPLERS
+from model.generate import Sampling
+from train import checkpoint, settings
+from train.generator import Generator, Order
+from train.log import commit
+from train.samples import save_grid, save_png
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt with how often, how large and from which seed on to draw it."""
+
+    prompt: str
+    num_images: int
+    size: tuple[int, int] | None
+    seed: int | None
+
+
+def main() -> None:
+    """Exit status 0: done; 2: wrong input, nothing was written; 1: something failed in the middle of work."""
+    arguments = _parser().parse_args()
+    try:
+        folder = checkpoint.resolve(arguments.checkpoint)
+        generator = Generator.load(folder, arguments.weights, arguments.device)
+        sampling = _sampling(arguments, folder)
+        if arguments.image:
+            pictures = [load_image(path) for path in arguments.image]
+        elif arguments.document:
+            document = _read_document(arguments.document)
+            targets = _targets(arguments, ["document.jsonl"])
+        else:
+            lines = _read_prompts(arguments)
+            for line in lines:
+                if line.size:
+                    generator.grid(*line.size)
+            jobs = [(line, i) for line in lines for i in range(line.num_images)]
+            names = [f"{i:05d}.png" for i in range(len(jobs))]
+            targets = _targets(arguments, [*names, "prompts.jsonl", *(["grid.png"] if arguments.grid else [])])
+    except (ValueError, OSError) as error:
+        settings.fail(error, 2)
+    try:
+        if arguments.image:
+            _describe(generator, sampling, arguments, pictures)
+        elif arguments.document:
+            _continue(generator, sampling, arguments, document, targets[0])
+        else:
+            _draw(generator, sampling, arguments, jobs, targets, folder)
+    except (ValueError, OSError) as error:
+        settings.fail(error, 1)
+
+
+def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, jobs: list[tuple[Line, int]],
+          targets: list[Path], folder: Path) -> None:  # fmt: skip
+    seeds = [arguments.seed + n if line.seed is None else line.seed + i for n, (line, i) in enumerate(jobs)]
+    orders = [
+        Order(Document((Text(line.prompt),)), seed, begin_image=True, size=line.size, max_text=0)
+        for (line, _), seed in zip(jobs, seeds, strict=True)
+    ]
+    made = generator(orders, sampling, arguments.batch_size, progress=sys.stderr.isatty())
+    pictures, records = [], []
+    for (line, _), seed, parts, target in zip(jobs, seeds, made, targets, strict=False):
+        image = parts[0]
+        assert isinstance(image, Image) and image.pixels is not None
+        record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width,
+                  "checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling),
+                  "commit": commit()}  # fmt: skip
+        save_png(image.pixels, target, ropeway=json.dumps(record))
+        pictures.append(image.pixels)
+        records.append({"file": target.name, **record})
+        print(target)
+    (arguments.out / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if arguments.grid:
+        save_grid(pictures, arguments.grid, arguments.out / "grid.png")
+        print(arguments.out / "grid.png")
+
+
+def _describe(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, pictures: list) -> None:
+    captions = generator.captions(pictures, sampling, arguments.seed, arguments.max_text)
+    for path, caption in zip(arguments.image, captions, strict=True):
+        print(f"{path}: {caption}" if len(captions) > 1 else caption)
+
+
+def _continue(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, document: Document,
+              target: Path) -> None:  # fmt: skip
+    order = Order(document, arguments.seed, size=arguments.size, max_images=arguments.num_images,
+                  max_text=arguments.max_text)  # fmt: skip
+    (parts,) = generator([order], sampling, progress=sys.stderr.isatty())
+    segments = []
+    for number, part in enumerate((*document.segments, *parts)):
+        if isinstance(part, Text):
+            segments.append({"text": part.text, "learn": part.learn})
+        elif part.pixels is not None:
+            name = f"image-{number:03d}.png"
+            save_png(part.pixels, arguments.out / name)
+            segments.append({"image": name, "learn": part.learn})
+    result = {"id": document.id, "source": "launch.generate", "segments": segments}
+    target.write_text(json.dumps(result, ensure_ascii=False) + "\n")
+    for segment in segments[len(document.segments) :]:
+        print(segment.get("text", arguments.out / segment.get("image", "")))
+
+
+def _read_prompts(arguments: argparse.Namespace) -> list[Line]:
+    """Prompts of --prompt and --prompts-file (.jsonl: an object per line, else a prompt per line)."""
+    default = Line("", arguments.num_images, arguments.size, None)
+    lines = [Line(prompt, default.num_images, default.size, None) for prompt in arguments.prompt or []]
+    if arguments.prompts_file:
+        path = arguments.prompts_file
+        for number, text in enumerate(path.read_text().splitlines(), 1):
+            if not text.strip():
+                continue
+            try:
+                lines.append(_prompt_line(text, default) if path.suffix == ".jsonl" else
+                             Line(text, default.num_images, default.size, None))  # fmt: skip
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+    if not lines:
+        raise ValueError("nothing to do: give --prompt, --prompts-file, --image or --document")
+    return lines
+
+
+def _prompt_line(text: str, default: Line) -> Line:
+    values = json.loads(text)
+    unknown = set(values) - {"prompt", "num_images", "size", "seed"}
+    if unknown or not isinstance(values.get("prompt"), str):
+        raise ValueError('an object needs "prompt" and may have "num_images", "size" and "seed"')
+    size = _size(values["size"]) if "size" in values else default.size
+    return Line(values["prompt"], int(values.get("num_images", default.num_images)), size, values.get("seed"))
+
+
+def _read_document(path: Path) -> Document:
+    try:
+        return parse_document(json.loads(path.read_text()), path.parent)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def _targets(arguments: argparse.Namespace, names: list[str]) -> list[Path]:
+    """Paths to write. Raises ValueError if there is no --out, or something is there already."""
+    if arguments.out is None:
+        raise ValueError("--out DIR is needed: where shall the result go?")
+    targets = [arguments.out / name for name in names]
+    there = [path for path in targets if path.exists()]
+    if there and not arguments.overwrite:
+        raise ValueError(f"{there[0]} exists; choose another --out, or give --overwrite")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return targets
+
+
+def _sampling(arguments: argparse.Namespace, folder: Path) -> Sampling:
+    """Settings of the command line; where it is silent, those of the run's own samples."""
+    config = checkpoint.read_config(folder).eval
+    low, high = arguments.guidance_interval
+    scale = config.guidance if arguments.guidance is None else arguments.guidance
+    return Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        guidance=Guidance(scale, arguments.guidance_schedule, low, high),
+        sampler=arguments.sampler,
+        steps=arguments.steps or config.sampler_steps,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise ValueError(f"size {text!r} is not HEIGHTxWIDTH in pixels, such as 32x48")
+    return int(match[1]), int(match[2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def size(text: str) -> tuple[int, int]:
+        try:
+            return _size(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="run folder (its latest checkpoint) or checkpoint folder")
+    add("--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)")
+    add("--prompt", action="append", help="caption to draw; may be given several times")
+    add("--prompts-file", type=Path, help="a prompt per line, or .jsonl: {prompt, num_images, size, seed}")
+    add("--image", type=Path, nargs="+", help="pictures to describe")
+    add("--document", type=Path, help="document in the canonical schema to go on from (docs/data-format.md)")
+    add("--num-images", type=int, default=1, help="pictures per prompt, or in the document at most (default: 1)")
+    add("--size", type=size, help="HEIGHTxWIDTH of pictures in pixels (default: the model chooses)")
+    add("--seed", type=int, default=0, help="seed of the first sample; the next have seed + 1, ... (default: 0)")
+    add("--guidance", type=float, help="scale of classifier-free guidance, 1 is off (default: the run's eval.guidance)")
+    add("--guidance-schedule", default="constant", choices=["constant", "linear", "interval"])
+    add("--guidance-interval", type=float, nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"),
+        help="flow times of the interval schedule, 0 noise, 1 data (default: 0.1 1.0)")  # fmt: skip
+    add("--sampler", default="euler", choices=SAMPLERS, help="sampler of a patch (default: euler)")
+    add("--steps", type=int, help="sampler steps per patch (default: the run's eval.sampler_steps)")
+    add("--temperature", type=float, default=0.0, help="of text; 0 takes the most probable token (default: 0)")
+    add("--top-k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all (default: 0)")
+    add("--top-p", type=float, default=1.0, help="keep tokens up to this total probability (default: 1)")
+    add("--max-text", type=int, default=256, help="tokens of text at most (default: 256)")
+    add("--batch-size", type=int, default=64, help="samples at a time; does not change them (default: 64)")
+    add("--out", type=Path, help="folder for the results")
+    add("--grid", type=int, metavar="COLUMNS", help="also write all pictures as one grid.png")
+    add("--overwrite", action="store_true", help="replace results that are there")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()

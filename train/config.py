@@ -1,0 +1,220 @@
+"""The typed configuration of a run. YAML files and `--section.key value` are read into it by jsonargparse."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """What the run is called, how long it is and what it starts from."""
+
+    dir: str = "runs/default"
+    """Folder of the run: config, log, metrics, samples, checkpoints. A run found there is resumed."""
+    steps: int = 1000
+    """Optimizer steps of the whole run (the learning-rate schedule spans them)."""
+    stop_after: int | None = None
+    """End this process, with a checkpoint, once this many steps are done; the next one goes on."""
+    seed: int = 0
+    """Seed of weights, data order, noise and condition dropout."""
+    init_from: str | None = None
+    """Begin a new run with the weights of this run, checkpoint or export (step 0, fresh optimizer)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute in bfloat16 autocast; auto: where the GPU or the CPU has bfloat16 matrix units, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads of this process; default: PyTorch's own choice."""
+
+
+@dataclass(frozen=True)
+class ShapesSection:
+    """Drawn pictures with captions (data.source.shapes)."""
+
+    documents: int = 100_000
+    """Documents per epoch."""
+    canvases: tuple[tuple[int, int], ...] = ((32, 32),)
+    """(height, width) in pixels of the pictures, in equal parts."""
+    max_objects: int = 1
+    """Scenes of one to this many objects."""
+    caption_fraction: float = 0.5
+    """Part of the documents that show the picture first and ask for its caption."""
+    seed: int = 0
+    """Seed of the pictures."""
+    repeats: int = 1
+    """Passes over this source per epoch."""
+
+
+@dataclass(frozen=True)
+class DigitsSection:
+    """The 1,797 handwritten digits of scikit-learn with captions (data.source.digits)."""
+
+    caption_fraction: float = 0.5
+    """Part of the documents that show the picture first and ask for its caption."""
+    repeats: int = 1
+    """Passes over this source per epoch."""
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """Source code of the Python standard library (data.source.stdlib)."""
+
+    max_bytes: int = 1024
+    """Longest document in bytes; files are cut at line borders."""
+    repeats: int = 1
+    """Passes over this source per epoch."""
+
+
+@dataclass(frozen=True)
+class FilesSection:
+    """The user's own documents as JSONL in the canonical schema (docs/data-format.md)."""
+
+    path: str
+    """The JSONL file; image paths are relative to its folder."""
+    repeats: int = 1
+    """Passes over this source per epoch."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where documents come from and how they are packed. Several sources make one mixture."""
+
+    shapes: ShapesSection | None = None
+    digits: DigitsSection | None = None
+    text: TextSection | None = None
+    files: list[FilesSection] = field(default_factory=list)
+    tokenizer: str = "bytes"
+    """bytes, or the path of a tokenizer.json."""
+    max_grid: int = 64
+    """Most patch rows or columns that the bytes tokenizer can announce."""
+    min_patches: int = 1
+    """Patches of an image at least; smaller images are enlarged."""
+    max_patches: int = 1024
+    """Patches of an image at most; larger images are reduced, keeping their aspect ratio."""
+    row_length: int = 256
+    """Slots of a row."""
+    rows_per_step: int = 16
+    """Rows of an optimizer step over all ranks and micro-batches."""
+    condition_dropout: float = 0.1
+    """Part of the documents with a learned image that lose the text before it (for guidance)."""
+    workers: int = 1
+    """Processes that make rows ahead of time; 0 makes them in the training process."""
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    final_lr_ratio: float = 0.05
+    """Learning rate at the end, as a part of the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices; not on embeddings, norms, biases and the head's modulation."""
+    clip: float = 1.0
+    """Global gradient norm at most."""
+    ema_decay: float = 0.999
+    """Decay of the weight average; it warms up as (1 + step) / (10 + step)."""
+    text_weight: float = 1.0
+    """Weight of the text loss (nats per token)."""
+    image_weight: float = 1.0
+    """Weight of the image loss (velocity error per patch)."""
+    max_skipped: int = 10
+    """Stop after this many non-finite steps in a row."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}; it must be positive")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.ema_decay < 1):
+            raise ValueError("optim.beta1, optim.beta2 and optim.ema_decay must lie in 0 <= x < 1")
+        if not self.clip > 0:
+            raise ValueError(f"optim.clip is {self.clip}; it must be positive")
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """How a step is computed."""
+
+    backend: Literal["torch"] = "torch"
+    """torch: one process, or DistributedDataParallel under torchrun."""
+    micro_batches: int = 1
+    """Parts that each rank's rows of a step are computed in, to save memory. The numbers stay the same."""
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """When checkpoints are written and how many stay. The last step always writes one."""
+
+    every: int = 500
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints that stay."""
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Held-out losses and sample pictures and captions during training (python -m train.evaluate scores a checkpoint)."""
+
+    every: int = 0
+    """Steps between evaluations (0: none)."""
+    rows: int = 8
+    """Held-out rows for the losses."""
+    samples: int = 8
+    """Pictures and captions to draw (0: none)."""
+    guidance: float = 1.0
+    """Guidance scale of the sample pictures."""
+    sampler_steps: int = 20
+    """Sampler steps per patch."""
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl and of the console."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `log`)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    log: LogSection = field(default_factory=LogSection)
+
+    def __post_init__(self) -> None:
+        data = self.data
+        for name, value, least in (
+            ("run.steps", self.run.steps, 1),
+            ("data.row_length", data.row_length, 2),
+            ("data.rows_per_step", data.rows_per_step, 1),
+            ("data.workers", data.workers, 0),
+            ("engine.micro_batches", self.engine.micro_batches, 1),
+            ("checkpoint.every", self.checkpoint.every, 1),
+            ("checkpoint.keep_last", self.checkpoint.keep_last, 1),
+            ("eval.every", self.eval.every, 0),
+            ("log.every", self.log.every, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if data.shapes:
+            for height, width in data.shapes.canvases:
+                if height % self.model.patch_size or width % self.model.patch_size:
+                    raise ValueError(
+                        f"data.shapes.canvases holds {height} x {width}, which model.patch_size {self.model.patch_size} "
+                        "does not divide"
+                    )

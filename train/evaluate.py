@@ -1,0 +1,230 @@
+"""`python -m train.evaluate --checkpoint RUN_OR_DIR --suite shapes`: score a checkpoint on data it never saw.
+
+    shapes   pictures drawn from held-out captions, and captions of held-out pictures, read by the exact oracle
+    digits   pictures of prompted digits, recognised by an independent classifier; Frechet distance and seam energy
+    text     bits per byte of held-out files of the Python standard library
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.source import digits as digits_source
+from data.source import shapes_oracle
+from data.source.shapes import Shapes, held_out_captions
+from data.source.stdlib import StandardLibrary
+from model.diffusion.guidance import Guidance
+from model.generate import Sampling
+from model.text_head import bits_per_byte
+from train import checkpoint, pipeline, settings
+from train.config import Config, ShapesSection
+from train.generator import Generator
+from train.log import environment
+from train.samples import save_grid
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a suite works on."""
+
+    generator: Generator
+    config: Config
+    sampling: Sampling
+    num: int
+    seed: int
+    out: Path
+    progress: bool
+
+
+Scores = dict[str, float]
+
+
+def shapes(task: Task) -> Scores:
+    """Attributes right in pictures of held-out captions; held-out pictures whose caption is right to the letter."""
+    section = task.config.data.shapes or ShapesSection()
+    scores = _shapes(task, section, 1, held_out_captions(), "one object")
+    if section.max_objects > 1:
+        scores |= _shapes(task, section, section.max_objects, None, "scenes")
+    return scores
+
+
+def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list[str] | None, name: str) -> Scores:
+    # Twice as many documents as needed: half of them hold the caption first. No seed of the training data is used.
+    source = Shapes(section.seed + 1, "test", task.num, section.canvases, max_objects, caption_fraction=1.0)
+    documents = [source.document(i) for i in range(task.num)]
+    real = [document.segments[0].pixels for document in documents]
+    expected = [document.segments[1].text for document in documents]
+    prompts = (captions or expected)[: task.num]
+    sizes = [section.canvases[i % len(section.canvases)] for i in range(len(prompts))]
+    drawn = task.generator.pictures(prompts, sizes, task.sampling, task.seed, task.progress)
+    found = [shapes_oracle.score(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
+    said = task.generator.captions(real, Sampling(temperature=0), progress=task.progress)
+    right = [text == wanted for text, wanted in zip(said, expected, strict=True)]
+    slug = name.replace(" ", "-")
+    save_grid(drawn[:64], 8, task.out / f"shapes-{slug}.png")
+    _write_lines(task.out / f"shapes-{slug}-wrong.jsonl", [
+        *({"drawn": prompt, **score} for prompt, score in zip(prompts, found, strict=True) if not score["all"]),
+        *({"read": text, "expected": wanted} for text, wanted in zip(said, expected, strict=True) if text != wanted),
+    ])  # fmt: skip
+    keys = {key for score in found for key in score}
+    scores = {f"{name}, drawn, {key}": _mean([score[key] for score in found if key in score]) for key in sorted(keys)}
+    return {f"{name}, pictures drawn": len(prompts), **scores, f"{name}, pictures read": len(real),
+            f"{name}, caption exact": _mean(right)}  # fmt: skip
+
+
+def digits(task: Task) -> Scores:
+    """Prompted digits that an independent classifier recognises; distances to the real test split."""
+    from sklearn.svm import SVC
+
+    train_pixels, train_labels = digits_source.arrays("train")
+    test_pixels, test_labels = digits_source.arrays("test")
+    classifier = SVC(gamma=0.001, C=10).fit(_gray(train_pixels), train_labels)
+    wanted = np.arange(task.num) % 10
+    prompts = [digits_source.caption(digit) for digit in wanted]
+    drawn = np.stack(
+        task.generator.pictures(prompts, test_pixels.shape[1:3], task.sampling, task.seed, task.progress)
+    )
+    save_grid(list(drawn[:100]), 10, task.out / "digits.png", gap=1)
+    said = task.generator.captions(list(test_pixels), Sampling(temperature=0), progress=task.progress)
+    patch = task.config.model.patch_size
+    return {
+        "pictures drawn": task.num,
+        "recognised as prompted": _mean(classifier.predict(_gray(drawn)) == wanted),
+        "classifier on the real test split": classifier.score(_gray(test_pixels), test_labels),
+        "frechet distance to the test split": frechet_distance(_gray(drawn), _gray(test_pixels)),
+        "frechet distance, training split to test split": frechet_distance(_gray(train_pixels), _gray(test_pixels)),
+        "seam energy": seam_energy(drawn, patch),
+        "seam energy, test split": seam_energy(test_pixels, patch),
+        "seam energy, training split": seam_energy(train_pixels, patch),
+        "test split, caption exact": _mean(
+            [text == digits_source.caption(label) for text, label in zip(said, test_labels, strict=True)]
+        ),
+    }
+
+
+@torch.inference_mode()
+def text(task: Task) -> Scores:
+    """Bits per byte of held-out documents, the end of each document counted in."""
+    section = task.config.data.text
+    if section is None:
+        raise ValueError("suite text needs a model that was trained with data.text")
+    source = StandardLibrary("test", section.max_bytes)
+    count = min(task.num, len(source))
+    nats, size, model = 0.0, 0, task.generator.model
+    device = model.token_embedding.weight.device
+    encoded = [task.generator.encoder.encode(source.document(i)) for i in range(count)]
+    for columns in encoded:
+        batch = pipeline.Batch.collate([columns], [0]).to(device)
+        nats += model(batch).text.item()
+    size = sum(len(segment.text.encode()) for i in range(count) for segment in source.document(i).segments)
+    return {"documents": count, "bytes": size, "bits per byte": bits_per_byte(nats, size)}
+
+
+SUITES: dict[str, Callable[[Task], Scores]] = {suite.__name__: suite for suite in (shapes, digits, text)}
+"""Every suite by name. A new one is one function added here."""
+_DEFAULT_NUM = {"shapes": 540, "digits": 1000, "text": 500}
+
+
+def frechet_distance(a_NP: np.ndarray, b_NP: np.ndarray) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of vectors (the formula of FID, arXiv 1706.08500)."""
+    from scipy.linalg import sqrtm
+
+    mean_a, mean_b = a_NP.mean(0), b_NP.mean(0)
+    cov_a, cov_b = np.cov(a_NP, rowvar=False), np.cov(b_NP, rowvar=False)
+    cross = sqrtm(cov_a @ cov_b).real
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross))
+
+
+def seam_energy(pictures: Sequence[np.ndarray] | np.ndarray, patch: int) -> float:
+    """Mean absolute step between neighbouring pixels across patch borders, over the same inside patches.
+
+    1 where patches join as smoothly as pixels do; compare with the value of real pictures.
+    """
+    across, inside = [], []
+    for picture in pictures:
+        for axis in (0, 1):
+            steps = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean(axis=(1 - axis, 2))
+            at_border = np.arange(1, len(steps) + 1) % patch == 0
+            across.append(steps[at_border])
+            inside.append(steps[~at_border])
+    return float(np.concatenate(across).mean() / max(np.concatenate(inside).mean(), 1e-12))
+
+
+def _gray(pixels: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) bytes to (N, H * W) in 0..16, the range of the original digits."""
+    return pixels.astype(np.float64).mean(-1).reshape(len(pixels), -1) * 16 / 255
+
+
+def _mean(values: Sequence[bool] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def _write_lines(path: Path, rows: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluate(task: Task, suite: str, place: str) -> dict:
+    """Run a suite and write its result beside the checkpoint's run, as JSON. Returns the result."""
+    task.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    scores = SUITES[suite](task)
+    result = {
+        "suite": suite,
+        "checkpoint": str(checkpoint.resolve(place)),
+        "scores": scores,
+        "sampling": asdict(task.sampling),
+        "seed": task.seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "environment": environment(),
+        "command": " ".join(["python -m train.evaluate", *sys.argv[1:]]),
+    }
+    (task.out / f"{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="run folder (its latest checkpoint) or checkpoint folder")
+    parser.add_argument("--suite", required=True, choices=SUITES, help="what to score")
+    parser.add_argument("--num", type=int, help="pictures or documents (default: 540 shapes, 1000 digits, 500 texts)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: eval.guidance of the run)")
+    parser.add_argument("--steps", type=int, help="sampler steps per patch (default: eval.sampler_steps of the run)")
+    parser.add_argument("--sampler", default="euler", help="euler or heun (default: euler)")
+    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: eval/ in the run folder)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    arguments = parser.parse_args()
+    try:
+        folder = checkpoint.resolve(arguments.checkpoint)
+        config = checkpoint.read_config(folder)
+        generator = Generator.load(folder, arguments.weights, arguments.device)
+        guidance = config.eval.guidance if arguments.guidance is None else arguments.guidance
+        sampling = Sampling(guidance=Guidance(guidance), sampler=arguments.sampler,
+                            steps=arguments.steps or config.eval.sampler_steps)  # fmt: skip
+        num = arguments.num or _DEFAULT_NUM[arguments.suite]
+        if num < 1:
+            raise ValueError(f"--num is {num}; it must be at least 1")
+        out = arguments.out or folder.parent.parent / "eval"
+        task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
+    except (ValueError, OSError) as error:
+        settings.fail(error, 2)
+    try:
+        result = evaluate(task, arguments.suite, arguments.checkpoint)
+    except (ValueError, OSError) as error:
+        settings.fail(error, 1)
+    for name, value in result["scores"].items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""From a trained model to pictures and text: the one path of samples while training, evaluation, command line and demo."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.document import Document, Image, Text
+from data.encode import Encoder
+from data.image import unpatchify
+from data.tokenizer import Tokenizer
+from model.generate import GeneratedText, Prompt, Request, Sampling, generate
+from model.ropeway import Ropeway
+from train import checkpoint
+from train.config import Config
+from train.engine import bf16_units, pick_device
+from train.pipeline import make_encoder, vocabulary_of
+
+Segment = Text | Image
+
+
+@dataclass(frozen=True)
+class Order:
+    """One sample to make: a document to go on from, and what may follow."""
+
+    document: Document
+    seed: int
+    begin_image: bool = False
+    """Start a picture at once."""
+    size: tuple[int, int] | None = None
+    """Height and width of every picture in pixels; None lets the model choose."""
+    max_images: int = 1
+    max_text: int = 256
+    """Tokens of text at most."""
+
+
+class Generator:
+    """A model with its tokenizer and patch grid."""
+
+    def __init__(self, model: Ropeway, tokenizer: Tokenizer, encoder: Encoder, bf16: bool = False) -> None:
+        self.model, self.tokenizer, self.encoder, self.bf16 = model, tokenizer, encoder, bf16
+
+    @classmethod
+    def load(cls, place: str | Path, weights: Literal["ema", "raw"] = "ema", device: str = "auto") -> "Generator":
+        """From a run folder (its latest checkpoint) or a checkpoint folder. Raises ValueError if it is not sound."""
+        folder = checkpoint.resolve(place)
+        checkpoint.verify(folder)
+        config = checkpoint.read_config(folder)
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        model = build_model(config, tokenizer)
+        name = "ema.safetensors" if weights == "ema" else "model.safetensors"
+        load_weights(model, checkpoint.read_weights(folder / name), str(folder / name))
+        chosen = pick_device(device)
+        return cls(model.to(chosen).eval(), tokenizer, make_encoder(config, tokenizer), bf16_units(chosen))
+
+    def __call__(self, orders: Sequence[Order], sampling: Sampling, batch_size: int = 64,
+                 progress: bool = False) -> list[tuple[Segment, ...]]:  # fmt: skip
+        """The new segments of every order, in order. Raises ValueError for a size that the model cannot draw.
+
+        A sample depends on its order and the sampling alone, not on the others or the batch size.
+        """
+        requests = [self._request(order) for order in orders]
+        results: list[tuple[Segment, ...]] = []
+        device = self.model.token_embedding.weight.device.type
+        for start in tqdm(range(0, len(requests), batch_size), disable=not progress, unit="batch"):
+            with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+                made = generate(self.model, requests[start : start + batch_size], sampling, progress=progress)
+            results += [tuple(self._segment(part) for part in parts) for parts in made]
+        return results
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patch rows and columns of a picture. Raises ValueError unless height and width in pixels are whole patches."""
+        patch, limit = self.encoder.patch_size, self.tokenizer.max_grid
+        if height % patch or width % patch or not 0 < min(height, width) <= max(height, width) <= patch * limit:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels cannot be drawn: both sides must be multiples of {patch}, "
+                f"{patch} to {patch * limit}"
+            )
+        return height // patch, width // patch
+
+    def _request(self, order: Order) -> Request:
+        columns = self.encoder.encode(order.document)
+        # Without <eos>, which `encode` puts behind every document: the model goes on from here.
+        prompt = Prompt(
+            *(getattr(columns, name)[:-1] for name in ("token", "row", "col", "rows", "cols")), columns.patches
+        )
+        grid = self.grid(*order.size) if order.size else None
+        return Request(
+            prompt, order.seed, order.begin_image, grid, order.max_images, order.max_text, self.encoder.max_patches
+        )
+
+    def _segment(self, part) -> Segment:  # type: ignore[no-untyped-def]
+        if isinstance(part, GeneratedText):
+            return Text(self.tokenizer.decode(part.tokens))
+        pixels = unpatchify(part.patches, part.rows, part.cols, self.encoder.patch_size)
+        return Image(*pixels.shape[:2], pixels)
+
+    def pictures(self, captions: Sequence[str], size: tuple[int, int] | Sequence[tuple[int, int]], sampling: Sampling,
+                 first_seed: int = 0, progress: bool = False) -> list[np.ndarray]:  # fmt: skip
+        """One picture per caption, (height, width, 3) uint8; the i-th has seed first_seed + i."""
+        sizes = [size] * len(captions) if isinstance(size[0], int) else size
+        orders = [
+            Order(Document((Text(caption),)), first_seed + i, begin_image=True, size=of, max_text=0)  # type: ignore[arg-type]
+            for i, (caption, of) in enumerate(zip(captions, sizes, strict=True))
+        ]
+        return [_pixels(parts[0]) for parts in self(orders, sampling, progress=progress)]
+
+    def captions(self, pictures: Sequence[np.ndarray], sampling: Sampling, first_seed: int = 0, max_text: int = 256,
+                 progress: bool = False) -> list[str]:  # fmt: skip
+        """One caption per picture, (height, width, 3) uint8."""
+        orders = [
+            Order(Document((Image(*pixels.shape[:2], pixels),)), first_seed + i, max_images=0, max_text=max_text)
+            for i, pixels in enumerate(pictures)
+        ]
+        made = self(orders, sampling, progress=progress)
+        return ["".join(part.text for part in parts if isinstance(part, Text)) for parts in made]
+
+
+def build_model(config: Config, tokenizer: Tokenizer) -> Ropeway:
+    """The model with memory for its weights, but no values in it."""
+    with torch.device("meta"):
+        model = Ropeway(config.model, vocabulary_of(tokenizer))
+    return model.to_empty(device="cpu")
+
+
+@torch.no_grad()
+def load_weights(model: Ropeway, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Copy weights by name. Raises ValueError naming what is missing, unexpected or of another shape."""
+    own = dict(model.named_parameters())
+    wrong = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
+    for problem, names in (
+        ("misses", sorted(own.keys() - weights.keys())),
+        ("holds unexpected", sorted(weights.keys() - own.keys())),
+        ("holds other shapes of", wrong),
+    ):
+        if names:
+            raise ValueError(f"{where} {problem} {', '.join(names[:5])} ({len(names)} in all)")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
+def _pixels(segment: Segment) -> np.ndarray:
+    assert isinstance(segment, Image) and segment.pixels is not None
+    return segment.pixels

@@ -1,0 +1,42 @@
+"""AdamW with weight-decay groups, the learning-rate schedule, and the average of the weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from train.config import OptimSection
+
+
+def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) that decays matrices, but not embeddings, norms, biases and the head's modulation."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.dim() < 2 or "embedding" in name or "modulation" in name or name == "text_head.weight"
+        (free if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimSection) -> float:
+    """Rate of step 0..steps-1: linear warm-up, then a cosine from lr to lr * final_lr_ratio."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    floor = config.final_lr_ratio
+    return config.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class WeightAverage:
+    """Exponential moving average of all parameters in float32, with a warm-up so that short runs profit from it."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current: list[Tensor] = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
