@@ -4,7 +4,6 @@ All systems run in one process, one thread, float32, and take turns in short rou
 and the processor's clock affect them alike. Time is CPU time of the process. Install the peers with `make bench`.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -45,7 +44,6 @@ def run(rounds: int = 5, steps: int = 3, documents: int = 32, images: int = 16) 
     for name, value in (("rounds", rounds), ("steps", steps), ("documents", documents), ("images", images)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
-    os.environ["TQDM_DISABLE"] = "1"  # the peers show a progress bar per patch
     source = Digits("train", caption_fraction=0.0)
     chosen = [source.document(i % len(source)) for i in range(max(documents, images))]
     side = picture_of(chosen[0]).shape[0]
@@ -91,15 +89,16 @@ def measure(
         train(1)
         draw()
     patches = (picture_of(documents[0]).shape[0] // MODEL.patch_size) ** 2
-    text = sum(len(caption_of(document).encode()) for document in documents)
     rows = []
     for number in range(rounds):
         first = number % len(turns)
         for system, train, draw in turns[first:] + turns[:first]:
+            shared: Row = {"system": system.name, "round": number, "parameters": count(system.model)}
+            learned, positions = len(documents) * steps, system.positions(documents) * steps
             seconds = cpu_seconds(partial(train, steps))
-            text_bytes = text * steps * system.reads_captions
-            rows.append(_row(system, "train", number, len(documents) * steps, patches, text_bytes, seconds))
-            rows.append(_row(system, "generate", number, len(captions), patches, 0, cpu_seconds(draw)))
+            rows.append(shared | {"pass": "train"} | _rates(learned, learned * patches, positions, seconds))
+            seconds = cpu_seconds(draw)
+            rows.append(shared | {"pass": "generate"} | _rates(len(captions), len(captions) * patches, None, seconds))
     return rows
 
 
@@ -126,44 +125,35 @@ def _trainer(system: System, documents: Sequence[Document]) -> Callable[[int], N
     return train
 
 
-def _row(system: System, step: str, number: int, images: int, patches: int, text_bytes: int, seconds: float) -> Row:
+def _rates(images: int, patches: int, positions: int | None, seconds: float) -> Row:
     return {
-        "system": system.name,
-        "pass": step,
-        "round": number,
-        "parameters": count(system.model),
         "images": images,
-        "patches": images * patches,
-        "text_bytes": text_bytes,
         "cpu_seconds": seconds,
         "images_per_cpu_second": images / seconds,
-        "patches_per_cpu_second": images * patches / seconds,
-        "text_bytes_per_cpu_second": text_bytes / seconds,
+        "patches_per_cpu_second": patches / seconds,
+        "positions_per_cpu_second": positions / seconds if positions else None,
     }
 
 
-def _rates(rows: Sequence[Row], name: str, step: str, key: str = "images_per_cpu_second") -> list[float]:
-    """The rates of a system in one pass, in the order of the rounds."""
-    chosen = sorted(
-        (row for row in rows if (row["system"], row["pass"]) == (name, step)), key=lambda row: int(row["round"] or 0)
-    )
-    return [float(row[key] or 0) for row in chosen]
+def series(rows: Sequence[Row], system: str, step: str, key: str = "images_per_cpu_second") -> list[float]:
+    """The figures of a system in one pass, in the order of the rounds."""
+    chosen = [row for row in rows if (row["system"], row["pass"]) == (system, step)]
+    return [float(row[key] or 0) for row in sorted(chosen, key=lambda row: int(row["round"] or 0))]
 
 
 def summarise(system: System, step: str, rows: Sequence[Row]) -> Row:
     """Medians over the rounds, and how many times faster Ropeway is, computed round by round."""
-    ours, theirs = (_rates(rows, name, step) for name in ("Ropeway", system.name))
+    ours, theirs = (series(rows, name, step) for name in ("Ropeway", system.name))
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    text = median(_rates(rows, system.name, step, "text_bytes_per_cpu_second"))
     return {
         "pass": step,
         "system": system.name,
         "parameters": f"{count(system.model) / 1e6:.2f} M",
-        "images per CPU-second": median(theirs),
-        "patches per CPU-second": median(_rates(rows, system.name, step, "patches_per_cpu_second")),
-        "text bytes per CPU-second": text or None,
-        "Ropeway's rate / this rate (lowest to highest)": "1" if system.name == "Ropeway" else spread,
+        "images / CPU-second": median(theirs),
+        "patches / CPU-second": round(median(series(rows, system.name, step, "patches_per_cpu_second"))),
+        "positions / CPU-second": round(median(series(rows, system.name, step, "positions_per_cpu_second"))) or None,
+        "Ropeway's images / this system's (lowest to highest)": "1" if system.name == "Ropeway" else spread,
     }
 
 
@@ -171,7 +161,7 @@ def plot(systems: Sequence[System], rows: Sequence[Row]) -> Figure:
     """Median rates as bars with the range over the rounds, one panel per pass."""
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     for axes, step in zip(figure.subplots(1, len(PASSES), sharey=True), PASSES, strict=True):
-        rates = [_rates(rows, system.name, step) for system in systems]
+        rates = [series(rows, system.name, step) for system in systems]
         middle = [median(values) for values in rates]
         low = [m - min(values) for m, values in zip(middle, rates, strict=True)]
         high = [max(values) - m for m, values in zip(middle, rates, strict=True)]
@@ -193,7 +183,9 @@ own default:
 
 {settings}
 
-A training step is forward, backward, gradient clipping and AdamW on batches prepared beforehand, so that no system's
+Positions are places in the Transformer's sequence (text bytes, markers and patches, without padding): the systems with
+captions read about twice as many per picture. A training step is forward, backward, gradient clipping and AdamW on batches prepared beforehand, so that no system's
 data pipeline is measured. Speed is not quality: the systems solve different problems (one of them reads no text), and
-these figures say nothing about how good the pictures are after the same number of steps.
+these figures say nothing about how good the pictures are after the same number of steps. Both Ropeway lines draw with
+the same code, so the difference between them there is the error of the measurement.
 """

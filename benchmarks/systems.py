@@ -6,6 +6,7 @@ Each one is built as its README builds it, at its own defaults except for the si
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data.document import Document, Image, Text
 from data.encode import Columns, Encoder, pack_row
@@ -48,6 +50,9 @@ class System(Protocol):
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of a prepared batch."""
 
+    def positions(self, documents: Sequence[Document]) -> int:
+        """Places in the Transformer's sequence that the documents take: text, markers and patches, no padding."""
+
     def draw(self, captions: Sequence[str]) -> np.ndarray:
         """One picture per caption, (N, H, W, 3) uint8. A system that reads no captions draws as many."""
 
@@ -73,7 +78,7 @@ class RopewaySystem:
         self.name, self.config, self.side = name, config, side
         self.sampling = Sampling()
         self.settings = (
-            f"learns {config.head.draws} noise draws per patch; draws with {self.sampling.sampler}, "
+            f"learns {config.head.draws} noise draw(s) per patch; draws with {self.sampling.sampler}, "
             f"{self.sampling.steps} steps per patch, guidance scale {self.sampling.guidance.scale:g}"
         )
         tokenizer = Tokenizer.bytes()
@@ -94,6 +99,9 @@ class RopewaySystem:
     def loss(self, batch: Batch) -> Tensor:
         losses, (text, patches) = self.model(batch), batch.counts()
         return losses.text / text + losses.image / patches
+
+    def positions(self, documents: Sequence[Document]) -> int:
+        return sum(map(self.encoder.length, documents))
 
     def draw(self, captions: Sequence[str]) -> np.ndarray:
         tokenizer, size = self.encoder.tokenizer, self.config.patch_size
@@ -119,8 +127,10 @@ class AutoregressiveSystem:
         """kind: "flow" (rectified flow, predicting the clean patch) or "diffusion" (EDM)."""
         self.name = f"autoregressive-diffusion-pytorch, {kind}"
         module = _without_trainer("autoregressive_diffusion_pytorch", f"autoregressive_{kind}")
+        module.__dict__["tqdm"] = partial(tqdm, disable=True)  # it shows a bar per patch
         build = module.ImageAutoregressiveFlow if kind == "flow" else module.ImageAutoregressiveDiffusion
         steps = "16 midpoint steps (2 evaluations each)" if kind == "flow" else "32 Heun steps (2 evaluations each)"
+        self.patches = (side // patch_size) ** 2
         self.settings = f"no captions; learns 1 noise draw per patch; draws with {steps} per patch"
         self.model = _of_size(
             parameters,
@@ -138,6 +148,9 @@ class AutoregressiveSystem:
     def loss(self, batch: Tensor) -> Tensor:
         return self.model(batch)
 
+    def positions(self, documents: Sequence[Document]) -> int:
+        return len(documents) * self.patches
+
     def draw(self, captions: Sequence[str]) -> np.ndarray:
         images: Tensor = self.model.sample(batch_size=len(captions))  # type: ignore[operator]
         return to_bytes(images.permute(0, 2, 3, 1) * 2 - 1).numpy()
@@ -150,7 +163,8 @@ class TransfusionSystem:
 
     def __init__(self, parameters: int, side: int, patch_size: int) -> None:
         _folder_of("transfusion_pytorch")
-        module = import_module("transfusion_pytorch")
+        module = import_module("transfusion_pytorch.transfusion")
+        module.__dict__["tqdm"] = partial(tqdm, disable=True)
         import_module("loguru").logger.disable("transfusion_pytorch")
         self.name = "transfusion-pytorch"
         self.settings = (
@@ -178,6 +192,11 @@ class TransfusionSystem:
 
     def loss(self, batch: list[list[Tensor]]) -> Tensor:
         return self.model(batch)
+
+    def positions(self, documents: Sequence[Document]) -> int:
+        # Start and end of the sequence, and before and after the picture: its announcement, its shape as text, two marks.
+        frame = 2 + 3 + len(f"{self.grid},{self.grid}")
+        return sum(frame + self.grid**2 + len(caption_of(document).encode()) for document in documents)
 
     def draw(self, captions: Sequence[str]) -> np.ndarray:
         patches = self.grid**2

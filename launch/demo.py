@@ -69,7 +69,8 @@ def _write_page(out: Path, scores: dict, captions: str) -> None:
     rows = "".join(f"<tr><td>{html.escape(k)}<td>{v:.4g}" for k, v in scores.items())
     prompts = "".join(f"<li>{html.escape(prompt)}" for prompt in PROMPTS)
     page = f"""<!doctype html><meta charset="utf-8"><title>Ropeway quickstart</title>
-<style>body{{font:16px sans-serif;max-width:60em;margin:2em auto}}img{{image-rendering:pixelated}}td{{padding:0 1em}}</style>
+<style>body{{font:16px sans-serif;max-width:60em;margin:2em auto}}
+img{{image-rendering:pixelated}}td{{padding:0 1em}}</style>
 <h1>Ropeway quickstart</h1>
 <h2>Pictures drawn from captions (one row each)</h2><ol>{prompts}</ol><img src="pictures/grid.png">
 <h2>Captions written for pictures</h2><pre>{html.escape(captions)}</pre>

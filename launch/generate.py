@@ -1,9 +1,9 @@
 """`python -m launch.generate --checkpoint RUN_OR_DIR ...`: pictures from prompts, captions of pictures, documents.
 
-    --prompt "a small red circle at the top left" --num-images 4 --out DIR     draw pictures
-    --prompts-file FILE --out DIR                                              draw for every line
-    --image picture.png [more.png ...]                                         describe pictures
-    --document doc.json --out DIR                                              go on with an interleaved document
+--prompt "a small red circle at the top left" --num-images 4 --out DIR     draw pictures
+--prompts-file FILE --out DIR                                              draw for every line
+--image picture.png [more.png ...]                                         describe pictures
+--document doc.json --out DIR                                              go on with an interleaved document
 """
 
 import argparse
@@ -78,7 +78,8 @@ def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespac
     pictures, records = [], []
     for (line, _), seed, parts, target in zip(jobs, seeds, made, targets, strict=False):
         image = parts[0]
-        assert isinstance(image, Image) and image.pixels is not None
+        assert isinstance(image, Image)
+        assert image.pixels is not None
         record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width,
                   "checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling),
                   "commit": commit()}  # fmt: skip

@@ -1,7 +1,7 @@
 """What the model reads: integer columns of packed rows, and the patches of all their images as bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class Batch:
         return Grid(self.index_BS, self.row_BS, self.col_BS, self.rows_BS, self.cols_BS)
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """Slots whose successor is a learned text token, and those whose successor is a learned patch: two (B, S) masks."""
+        """Two (B, S) masks: slots before a learned text token, and slots before a learned patch."""
         learned = torch.zeros_like(self.learn_BS)
         learned[:, :-1] = self.learn_BS[:, 1:] & (self.document_BS[:, 1:] == self.document_BS[:, :-1])
         patch_next = torch.zeros_like(learned)
@@ -63,8 +63,8 @@ class Batch:
         return int(text.sum()), int(image.sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if isinstance(v, tuple) else v.to(device) for k, v in values.items()})
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "seed_B"}
+        return replace(self, **moved)
 
 
 _COLUMNS = ("token", "document", "index", "row", "col", "rows", "cols", "learn")

@@ -60,7 +60,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: pre-RMSNorm, SwiGLU, grouped-query attention, rotary positions for text and images."""
+    """A decoder-only Transformer: pre-RMSNorm, SwiGLU, grouped-query attention, rotary positions of text and images."""
 
     dim: int = 256
     """Width of the residual stream."""
@@ -101,9 +101,13 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 _positive(f"model.{name}", getattr(self, name))
         if self.head_dim is None and self.dim % self.num_heads:
-            raise ValueError(f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; set model.head_dim")
+            raise ValueError(
+                f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; set model.head_dim"
+            )
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.kv_heads}")
+            raise ValueError(
+                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.kv_heads}"
+            )
         if self.head_width % 4:
             raise ValueError(f"the head width {self.head_width} (model.dim / model.num_heads) must be a multiple of 4")
         if self.output_embedding == "tied_half_swap" and self.dim % 2:
@@ -174,7 +178,7 @@ class ModelConfig:
 
 
 LOCATION_FEATURES = 256
-"""Sinusoidal features of a target patch: 64 sines and cosines each for row, column, and the distances to the far edges."""
+"""Sinusoidal features of a target patch: 64 each for row, column and the distances to the far edges."""
 
 
 def _positive(name: str, value: float) -> None:

@@ -5,8 +5,8 @@ The grammar is enforced, so every sequence decodes:
     text: a text token, <boi> (if images are left) or <eos>      <boi>: a rows token      rows: a cols token
     cols: the first patch      patch: the next patch, after the last one <eoi>            <eoi>: text
 
-All samples advance together, whatever each one is writing. With guidance every sample has a second, unconditional stream
-that holds the same sequence without its text; both streams are rows of one batch.
+All samples advance together, whatever each one is writing. With guidance every sample has a second, unconditional
+stream that holds the same sequence without its text; both streams are rows of one batch.
 """
 
 from collections.abc import Sequence
@@ -105,14 +105,16 @@ Segment = GeneratedText | GeneratedImage
 
 
 @torch.inference_mode()
-def generate(model: Ropeway, requests: Sequence[Request], sampling: Sampling, progress: bool = False) -> list[list[Segment]]:
+def generate(
+    model: Ropeway, requests: Sequence[Request], sampling: Sampling, progress: bool = False
+) -> list[list[Segment]]:
     """Generate all requests as one batch; returns the new segments of each. progress shows a bar over slots.
 
     Raises ValueError for a grid outside the vocabulary's limits.
     """
     limit = model.vocabulary.max_grid
     for request in requests:
-        if request.grid and not (1 <= min(request.grid) and max(request.grid) <= limit):
+        if request.grid and not (min(request.grid) >= 1 and max(request.grid) <= limit):
             raise ValueError(f"a grid of {request.grid[0]} x {request.grid[1]} patches is outside 1 .. {limit}")
     model.eval()
     writers = [_Writer(request, model.vocabulary, model.config.patch_width) for request in requests]
@@ -177,7 +179,10 @@ def _sample_patches(model: Ropeway, writers: list["_Writer"], draws: list[int], 
         z = z.repeat(1 + guided, 1)
         predicted = head(z, z.new_full((len(z),), time), condition).float()
         v = velocity(predicted, z, z.new_tensor(time), config.prediction, eps)
-        return guide(*v.chunk(2), sampling.guidance.at(time, fraction_N1)) if guided else v
+        if not guided:
+            return v
+        conditional, unconditional = v.chunk(2)
+        return guide(conditional, unconditional, sampling.guidance.at(time, fraction_N1))
 
     return to_bytes(SAMPLERS[sampling.sampler](field, z, uniform_grid(sampling.steps)))[: len(draws)]
 
@@ -186,7 +191,9 @@ def choose_tokens(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> T
     """Draw tokens by inverting the distribution function at uniform_N in [0, 1). Returns (N,) ids."""
     if sampling.temperature == 0:
         return logits_NV.argmax(-1)
-    probability, order = (logits_NV.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probability, order = (
+        (logits_NV.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
     if sampling.top_k:
         probability[:, sampling.top_k :] = 0
     reached_before = probability.cumsum(-1) - probability
@@ -310,9 +317,11 @@ class _Streams:
         )
         self.length_R = torch.tensor(lengths, device=device)
         valid = torch.arange(self.longest) < torch.tensor(lengths)[:, None]
-        patches = torch.from_numpy(np.concatenate([prompt.patches for prompt in prompts])).to(device)
+        patches = np.concatenate([prompt.patches for prompt in prompts])
+        patches = np.pad(patches, ((0, -len(patches) % _ROW_MULTIPLE), (0, 0)))  # embed leaves the surplus unused
         slots = slice(0, self.longest)
-        x_RSD = model.embed(self.token_RT[:, slots], self.rows_RT[:, slots] > 0, to_pixels(patches))
+        pixels = to_pixels(torch.from_numpy(patches).to(device))
+        x_RSD = model.embed(self.token_RT[:, slots], self.rows_RT[:, slots] > 0, pixels)
         angles = model.angles(Grid(*(column[:, slots] for column in self._grid())))
         documents = Documents.of(valid.long(), multiple=KEY_MULTIPLE).to(device)
         hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, total)

@@ -10,13 +10,12 @@ x = 1..h, y = 1..w. Text token n sits at (n, n), so pure text is exactly RoPE-1D
     tv         (L + (wh-h)/2 + x, L + (wh-w)/2 + y)                     L + wh
     mrope      (L + x, L + y)                                           L + max(h, w)
 
-Sources: Su Jianlin, spaces.ac.cn/archives/10040 (RoPE-Tie), /10352 (RoPE-TV, and M-RoPE of Qwen2-VL as described there).
+Sources: Su Jianlin, spaces.ac.cn/archives/10040 (RoPE-Tie), /10352 (RoPE-TV, and M-RoPE of Qwen2-VL).
 `python -m model.positions --layout tv "T2 I2x2 T1"` prints a table.
 """
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +47,7 @@ def tie(grid: Grid) -> Tensor:
 
 
 def tie_frac(grid: Grid) -> Tensor:
-    """RoPE-Tie with real spacing, so that an image spans as much as its number of patches. Returns (B, S, 2) float32."""
+    """RoPE-Tie with real spacing, so that an image spans its number of patches. Returns (B, S, 2) float32."""
     height, width = grid.rows_BS.float(), grid.cols_BS.float()
     placed_BS = _placed(grid)
     span = width * height + 1
@@ -74,7 +73,7 @@ def mrope(grid: Grid) -> Tensor:
 
 
 LAYOUTS: dict[str, Callable[[Grid], Tensor]] = {f.__name__: f for f in (flatten, tie, tie_frac, tv, mrope)}
-"""Every layout by name. A new one is one function added here; tests/model/test_positions.py holds it to the contract."""
+"""Every layout by name. A new one is one function added here; tests/model/test_positions.py tests it."""
 
 
 def _placed(grid: Grid, extra_BS: Tensor | None = None) -> Tensor:
@@ -138,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

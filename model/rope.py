@@ -1,7 +1,7 @@
 """Rotary embedding with two coordinates: even pairs turn with the row coordinate, odd pairs with the column.
 
-Pair i consists of the numbers i and i + E/2 of a head, as in Llama and Qwen weights. Angles are float32: bfloat16 cannot
-even represent the integers above 256. Source: Su Jianlin, spaces.ac.cn/archives/10352.
+Pair i consists of the numbers i and i + E/2 of a head, as in Llama and Qwen weights. Angles are float32: bfloat16
+cannot even represent the integers above 256. Source: Su Jianlin, spaces.ac.cn/archives/10352.
 """
 
 from typing import Literal, NamedTuple

@@ -38,10 +38,9 @@ class Ropeway(nn.Module):
                 nn.Linear(config.patch_width, rank, bias=False), nn.Linear(rank, config.dim)
             )
         self.backbone = Backbone(config)
-        weight = self.token_embedding.weight
-        if config.output_embedding == "untied":
-            weight = nn.Parameter(torch.empty(vocabulary.size, config.dim))
-        self.text_head = TextHead(weight, half_swap=config.output_embedding == "tied_half_swap")
+        untied = config.output_embedding == "untied"
+        own = nn.Parameter(torch.empty(vocabulary.size, config.dim)) if untied else self.token_embedding.weight
+        self.text_head = TextHead(own, half_swap=config.output_embedding == "tied_half_swap")
         self.diffusion_head = DiffusionHead(config)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ class TextHead(nn.Module):
     """Scores of the next token. With half_swap the tied embedding is used with its two halves exchanged: otherwise a
     token's own score is about dim * std^2 times larger than any other at the start (spaces.ac.cn/archives/9698)."""
 
-    def __init__(self, weight_VD: nn.Parameter, half_swap: bool) -> None:
+    def __init__(self, weight_VD: Tensor, half_swap: bool) -> None:
         super().__init__()
         self.weight = weight_VD
         self.half_swap = half_swap

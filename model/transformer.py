@@ -28,7 +28,9 @@ class Attention(nn.Module):
         self.kind = KINDS[config.attention](width)
 
     def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
-        q, k, v = (linear(x_BSD).unflatten(-1, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            linear(x_BSD).unflatten(-1, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.o_proj(attend(self.kind, q, k, v).flatten(2))
 

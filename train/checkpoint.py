@@ -1,10 +1,10 @@
 """Checkpoints: a folder of safetensors, written whole or not at all, checked on the way in, never unpickled.
 
-    step-00000100/
-        config.yaml         the run's configuration          tokenizer.json
-        model.safetensors   raw weights                      ema.safetensors    their average
-        optimizer/          one safetensors file per moment  state.json         step, rows seen, format
-        manifest.json       size and SHA-256 of every file, written last
+step-00000100/
+    config.yaml         the run's configuration          tokenizer.json
+    model.safetensors   raw weights                      ema.safetensors    their average
+    optimizer/          one safetensors file per moment  state.json         step, rows seen, format
+    manifest.json       size and SHA-256 of every file, written last
 """
 
 import hashlib
@@ -65,7 +65,9 @@ def save(run: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, keep_last: int
     }
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    manifest = {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
+    }
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
@@ -149,7 +151,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

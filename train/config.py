@@ -21,7 +21,7 @@ class RunSection:
     init_from: str | None = None
     """Begin a new run with the weights of this run, checkpoint or export (step 0, fresh optimizer)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute in bfloat16 autocast; auto: where the GPU or the CPU has bfloat16 matrix units, else float32."""
+    """auto: bfloat16 autocast where the GPU or the CPU has matrix units for it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     threads: int | None = None
@@ -50,10 +50,10 @@ class ShapesSection:
 class DigitsSection:
     """The 1,797 handwritten digits of scikit-learn with captions (data.source.digits)."""
 
-    caption_fraction: float = 0.5
-    """Part of the documents that show the picture first and ask for its caption."""
-    repeats: int = 1
-    """Passes over this source per epoch."""
+    drawn: int = 1
+    """Passes per epoch with the caption first: learn to draw."""
+    read: int = 1
+    """Passes per epoch with the picture first, as context: learn to read."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """Held-out losses and sample pictures and captions during training (python -m train.evaluate scores a checkpoint)."""
+    """Held-out losses, sample pictures and captions while training (python -m train.evaluate scores a checkpoint)."""
 
     every: int = 0
     """Steps between evaluations (0: none)."""
@@ -215,6 +215,6 @@ class Config:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:
                     raise ValueError(
-                        f"data.shapes.canvases holds {height} x {width}, which model.patch_size {self.model.patch_size} "
-                        "does not divide"
+                        f"data.shapes.canvases holds {height} x {width}, which are not both multiples of "
+                        f"model.patch_size {self.model.patch_size}"
                     )

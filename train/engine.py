@@ -35,6 +35,11 @@ class Engine(Protocol):
     world: int
     device: torch.device
     model: Ropeway
+    bf16: bool
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of forward passes."""
+        ...
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks."""

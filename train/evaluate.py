@@ -1,8 +1,8 @@
 """`python -m train.evaluate --checkpoint RUN_OR_DIR --suite shapes`: score a checkpoint on data it never saw.
 
-    shapes   pictures drawn from held-out captions, and captions of held-out pictures, read by the exact oracle
-    digits   pictures of prompted digits, recognised by an independent classifier; Frechet distance and seam energy
-    text     bits per byte of held-out files of the Python standard library
+shapes   pictures drawn from held-out captions, and captions of held-out pictures, read by the exact oracle
+digits   pictures of prompted digits, recognised by an independent classifier; Frechet distance and seam energy
+text     bits per byte of held-out files of the Python standard library
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.document import Text
 from data.source import digits as digits_source
 from data.source import shapes_oracle
 from data.source.shapes import Shapes, held_out_captions
@@ -27,7 +28,7 @@ from train import checkpoint, pipeline, settings
 from train.config import Config, ShapesSection
 from train.generator import Generator
 from train.log import environment
-from train.samples import save_grid
+from train.samples import image_then_text, save_grid
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ def shapes(task: Task) -> Scores:
 
 
 def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list[str] | None, name: str) -> Scores:
-    # Twice as many documents as needed: half of them hold the caption first. No seed of the training data is used.
+    # Another seed than the training pictures have.
     source = Shapes(section.seed + 1, "test", task.num, section.canvases, max_objects, caption_fraction=1.0)
     documents = [source.document(i) for i in range(task.num)]
-    real = [document.segments[0].pixels for document in documents]
-    expected = [document.segments[1].text for document in documents]
+    pairs = [pair for pair in map(image_then_text, documents) if pair]
+    real = [image.pixels for image, _ in pairs if image.pixels is not None]
+    expected = [text.text for _, text in pairs]
     prompts = (captions or expected)[: task.num]
     sizes = [section.canvases[i % len(section.canvases)] for i in range(len(prompts))]
     drawn = task.generator.pictures(prompts, sizes, task.sampling, task.seed, task.progress)
@@ -87,10 +89,8 @@ def digits(task: Task) -> Scores:
     test_pixels, test_labels = digits_source.arrays("test")
     classifier = SVC(gamma=0.001, C=10).fit(_gray(train_pixels), train_labels)
     wanted = np.arange(task.num) % 10
-    prompts = [digits_source.caption(digit) for digit in wanted]
-    drawn = np.stack(
-        task.generator.pictures(prompts, test_pixels.shape[1:3], task.sampling, task.seed, task.progress)
-    )
+    prompts = [digits_source.caption(int(digit)) for digit in wanted]
+    drawn = np.stack(task.generator.pictures(prompts, test_pixels.shape[1:3], task.sampling, task.seed, task.progress))
     save_grid(list(drawn[:100]), 10, task.out / "digits.png", gap=1)
     said = task.generator.captions(list(test_pixels), Sampling(temperature=0), progress=task.progress)
     patch = task.config.model.patch_size
@@ -117,13 +117,14 @@ def text(task: Task) -> Scores:
         raise ValueError("suite text needs a model that was trained with data.text")
     source = StandardLibrary("test", section.max_bytes)
     count = min(task.num, len(source))
-    nats, size, model = 0.0, 0, task.generator.model
+    nats, model = 0.0, task.generator.model
     device = model.token_embedding.weight.device
     encoded = [task.generator.encoder.encode(source.document(i)) for i in range(count)]
     for columns in encoded:
         batch = pipeline.Batch.collate([columns], [0]).to(device)
         nats += model(batch).text.item()
-    size = sum(len(segment.text.encode()) for i in range(count) for segment in source.document(i).segments)
+    segments = [segment for i in range(count) for segment in source.document(i, pixels=False).segments]
+    size = sum(len(segment.text.encode()) for segment in segments if isinstance(segment, Text))
     return {"documents": count, "bytes": size, "bits per byte": bits_per_byte(nats, size)}
 
 
@@ -199,7 +200,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: eval.guidance of the run)")
     parser.add_argument("--steps", type=int, help="sampler steps per patch (default: eval.sampler_steps of the run)")
     parser.add_argument("--sampler", default="euler", help="euler or heun (default: euler)")
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)")
+    parser.add_argument(
+        "--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: eval/ in the run folder)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

@@ -1,4 +1,4 @@
-"""From a trained model to pictures and text: the one path of samples while training, evaluation, command line and demo."""
+"""From a trained model to pictures and text: the one path of training samples, evaluation, command line and demo."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Generator:
         return results
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patch rows and columns of a picture. Raises ValueError unless height and width in pixels are whole patches."""
+        """Patch rows and columns of a picture. Raises ValueError unless both sides are whole patches."""
         patch, limit = self.encoder.patch_size, self.tokenizer.max_grid
         if height % patch or width % patch or not 0 < min(height, width) <= max(height, width) <= patch * limit:
             raise ValueError(
@@ -85,9 +85,8 @@ class Generator:
     def _request(self, order: Order) -> Request:
         columns = self.encoder.encode(order.document)
         # Without <eos>, which `encode` puts behind every document: the model goes on from here.
-        prompt = Prompt(
-            *(getattr(columns, name)[:-1] for name in ("token", "row", "col", "rows", "cols")), columns.patches
-        )
+        slots = {name: getattr(columns, name)[:-1] for name in ("token", "row", "col", "rows", "cols")}
+        prompt = Prompt(**slots, patches=columns.patches)
         grid = self.grid(*order.size) if order.size else None
         return Request(
             prompt, order.seed, order.begin_image, grid, order.max_images, order.max_text, self.encoder.max_patches
@@ -97,7 +96,7 @@ class Generator:
         if isinstance(part, GeneratedText):
             return Text(self.tokenizer.decode(part.tokens))
         pixels = unpatchify(part.patches, part.rows, part.cols, self.encoder.patch_size)
-        return Image(*pixels.shape[:2], pixels)
+        return _image(pixels)
 
     def pictures(self, captions: Sequence[str], size: tuple[int, int] | Sequence[tuple[int, int]], sampling: Sampling,
                  first_seed: int = 0, progress: bool = False) -> list[np.ndarray]:  # fmt: skip
@@ -113,7 +112,7 @@ class Generator:
                  progress: bool = False) -> list[str]:  # fmt: skip
         """One caption per picture, (height, width, 3) uint8."""
         orders = [
-            Order(Document((Image(*pixels.shape[:2], pixels),)), first_seed + i, max_images=0, max_text=max_text)
+            Order(Document((_image(pixels),)), first_seed + i, max_images=0, max_text=max_text)
             for i, pixels in enumerate(pictures)
         ]
         made = self(orders, sampling, progress=progress)
@@ -143,6 +142,11 @@ def load_weights(model: Ropeway, weights: dict[str, torch.Tensor], where: str) -
         parameter.copy_(weights[name])
 
 
+def _image(pixels: np.ndarray) -> Image:
+    return Image(pixels.shape[0], pixels.shape[1], pixels)
+
+
 def _pixels(segment: Segment) -> np.ndarray:
-    assert isinstance(segment, Image) and segment.pixels is not None
+    assert isinstance(segment, Image)
+    assert segment.pixels is not None
     return segment.pixels

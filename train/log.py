@@ -40,7 +40,9 @@ class Log:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of numbers after `step` steps."""
         if self.file:
-            self.file.write(json.dumps({"step": step, **{key: round(value, 6) for key, value in values.items()}}) + "\n")
+            self.file.write(
+                json.dumps({"step": step, **{key: round(value, 6) for key, value in values.items()}}) + "\n"
+            )
             self.file.flush()
         if self.board:
             self.board.log(values, step=step)
@@ -89,7 +91,11 @@ def _tensorboard(run: Path):  # type: ignore[no-untyped-def]
 def environment() -> str:
     """One line on what the run runs on: commit, versions, processor."""
     packages = " ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "tokenizers", "safetensors"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
     return f"commit {commit()}, python {platform.python_version()} {packages}, {device}"
 
 

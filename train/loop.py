@@ -64,7 +64,8 @@ def set_up(config: Config) -> Run:
     mixture = pipeline.make_mixture(config, encoder, "train")
     has_held_out = config.eval.every and pipeline.make_sources(config.data, "test")
     held_out = pipeline.make_mixture(config, encoder, "test") if has_held_out else None
-    mixture.row(0)  # The first document that does not fit stops the run here, not in a worker.
+    mixture.measure()  # A document that is broken or does not fit stops the run here, not later in a worker.
+    mixture.plan.row((found.step if found else 0) * config.data.rows_per_step)  # Workers inherit what this counts.
     model = build_model(config, tokenizer)
     model.initialise(config.run.seed)
     if found:
@@ -86,7 +87,11 @@ def train(run: Run, dry_run: bool) -> None:
     """Train from run.step to run.steps (or run.stop_after, or a signal), with checkpoints, metrics and samples."""
     config, engine = run.config, run.engine
     last = 1 if dry_run else min(config.run.steps, config.run.stop_after or config.run.steps)
-    log = Log(None if dry_run else run.folder, run.step, config.run.steps, config.log.tensorboard) if engine.rank == 0 else None
+    log = (
+        Log(None if dry_run else run.folder, run.step, config.run.steps, config.log.tensorboard)
+        if engine.rank == 0
+        else None
+    )
     _announce(run, dry_run)
     stop = _StopFlag()
     meter = _Meter()
@@ -280,7 +285,8 @@ def _announce(run: Run, dry_run: bool) -> None:
                 ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items()))  # fmt: skip
     logger.info("%s from step %d to %d, %d rows of %d slots per step, %d process(es), %s, run folder %s",
                 "dry run" if dry_run else "training", run.step, run.config.run.steps, run.config.data.rows_per_step,
-                run.config.data.row_length, run.engine.world, "bf16" if run.engine.bf16 else "fp32", run.folder)  # fmt: skip
+                run.config.data.row_length, run.engine.world, "bf16" if run.engine.bf16 else "fp32",
+                run.folder)  # fmt: skip
 
 
 def _line(step: int, steps: int, values: dict[str, float]) -> str:

@@ -10,7 +10,8 @@ from train.config import OptimSection
 
 def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) that decays matrices, but not embeddings, norms, biases and the head's modulation."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         exempt = parameter.dim() < 2 or "embedding" in name or "modulation" in name or name == "text_head.weight"
         (free if exempt else decayed).append(parameter)

@@ -1,4 +1,4 @@
-"""From the configuration to batches: tokenizer, sources, the mixture of packed rows, and the loader of a rank's share."""
+"""From the configuration to batches: tokenizer, sources, the mixture of packed rows, and a rank's share of them."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -47,11 +47,10 @@ def make_sources(data: DataSection, split: Split) -> list[tuple[Source, int]]:
     sources: list[tuple[Source, int]] = []
     if data.shapes:
         s = data.shapes
-        sources.append(
-            (Shapes(s.seed, split, s.documents, s.canvases, s.max_objects, s.caption_fraction), s.repeats)
-        )
+        sources.append((Shapes(s.seed, split, s.documents, s.canvases, s.max_objects, s.caption_fraction), s.repeats))
     if data.digits:
-        sources.append((Digits(split, data.digits.caption_fraction), data.digits.repeats))
+        passes = ((0.0, data.digits.drawn), (1.0, data.digits.read))
+        sources += [(Digits(split, captioned), repeats) for captioned, repeats in passes if repeats]
     if data.text:
         sources.append((StandardLibrary(split, data.text.max_bytes), data.text.repeats))
     if split == "train":
@@ -100,6 +99,13 @@ def make_batch(mixture: Mixture, rows: list[int], seed: int) -> Batch:
 
 def load(rows: StepRows, first: int, last: int, workers: int) -> Iterator[list[Batch]]:
     """Micro-batches of steps first .. last - 1, made ahead of time by worker processes."""
-    options = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
-    loader = DataLoader(rows, batch_size=None, sampler=range(first, last), num_workers=workers, **options)
-    return iter(loader)
+    return iter(
+        DataLoader(
+            rows,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context="fork" if workers else None,
+        )
+    )

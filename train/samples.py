@@ -20,7 +20,7 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
     folder.mkdir(parents=True, exist_ok=True)
     documents = mixture.documents(0, np.arange(min(mixture.plan.num_documents, 8 * count)))
     lines = []
-    to_draw = [pair for pair in map(_text_then_image, documents) if pair][:count]
+    to_draw = [pair for pair in map(text_then_image, documents) if pair][:count]
     if to_draw:
         sizes = [_drawn_size(generator, image) for _, image in to_draw]
         sampling = Sampling(guidance=Guidance(config.guidance), steps=config.sampler_steps)
@@ -28,7 +28,7 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
         real = [image.pixels for _, image in to_draw if image.pixels is not None]
         save_grid([*pictures, *real], len(to_draw), folder / f"step-{step:08d}.png")
         lines += [f"drawn (guidance {config.guidance:g}): {text.text}" for text, _ in to_draw]
-    to_read = [pair for pair in map(_image_then_text, documents) if pair][:count]
+    to_read = [pair for pair in map(image_then_text, documents) if pair][:count]
     if to_read:
         captions = generator.captions([image.pixels for image, _ in to_read if image.pixels is not None],
                                       Sampling(temperature=0))  # fmt: skip
@@ -71,14 +71,16 @@ def _drawn_size(generator: Generator, image: Image) -> tuple[int, int]:
     return rows * encoder.patch_size, cols * encoder.patch_size
 
 
-def _text_then_image(document: Document) -> tuple[Text, Image] | None:
+def text_then_image(document: Document) -> tuple[Text, Image] | None:
+    """The caption and picture of a document that is just these two."""
     match document.segments:
         case (Text() as text, Image() as image):
             return text, image
     return None
 
 
-def _image_then_text(document: Document) -> tuple[Image, Text] | None:
+def image_then_text(document: Document) -> tuple[Image, Text] | None:
+    """The picture and caption of a document that is just these two."""
     match document.segments:
         case (Image() as image, Text() as text):
             return image, text

@@ -1,4 +1,4 @@
-"""Kinds of attention. One contract, one file per kind; `dense` is the reference that every other kind is tested against.
+"""Kinds of attention. One contract, one file per kind; `dense` is the reference that the others are tested against.
 
 A kind is a class built as `Kind(head_dim)` with
 

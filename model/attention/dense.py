@@ -10,8 +10,8 @@ from model.attention.documents import Documents
 from model.rope import Rotation, rotate
 
 KEY_MULTIPLE = 64
-"""While decoding, keys are attended in multiples of this many slots, the surplus masked: how a sum over keys is split into
-vectors follows their number, and the rounding of a sample must not depend on how long the others of its batch are."""
+"""While decoding, keys are attended in multiples of this many slots, the surplus masked: how a sum over keys is split
+into vectors follows their number, and the rounding of a sample must not depend on how long the others of a batch are."""
 
 
 @dataclass
@@ -71,8 +71,10 @@ class DenseAttention(nn.Module):
         q, k, v = (x.flatten(0, 1) for x in (q_BSHE, k_BSKE, v_BSKE))
         out = torch.zeros_like(q)
         for group in documents.groups:
-            gathered = (_gather(x, group.slot_GL).transpose(1, 2) for x in (q, k, v))
-            attended = F.scaled_dot_product_attention(*gathered, is_causal=True, scale=self.scale, enable_gqa=True)
+            q_GHLE, k_GKLE, v_GKLE = (_gather(x, group.slot_GL).transpose(1, 2) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(
+                q_GHLE, k_GKLE, v_GKLE, is_causal=True, scale=self.scale, enable_gqa=True
+            )
             out = out.index_copy(0, group.slot_GL[group.valid_GL], attended.transpose(1, 2)[group.valid_GL])
         return out.view_as(q_BSHE)
 

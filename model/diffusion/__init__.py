@@ -1,1 +1,1 @@
-"""The per-patch diffusion: path and parameterisations (path), network (head), objective (flow), sampling (sampler, guidance)."""
+"""The diffusion of a patch: path and predictions (path), network (head), objective (flow), sampler and guidance."""

@@ -1,4 +1,4 @@
-"""Flow matching of patches: logit-normal time, several draws per patch, loss on the velocity (JiT, arXiv 2511.13720)."""
+"""Flow matching of patches: logit-normal time, several draws per patch, loss on the velocity (arXiv 2511.13720)."""
 
 import torch
 from torch import Tensor

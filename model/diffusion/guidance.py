@@ -13,7 +13,7 @@ class Guidance:
     scale: float = 1.0
     """Guidance scale s."""
     schedule: Literal["constant", "linear", "interval"] = "constant"
-    """linear: from 1 + (s-1)/N at an image's first patch to s at its last (MAR). interval: only while low < t < high (JiT)."""
+    """linear: 1 + (s-1)/N at the first of N patches to s at the last (MAR). interval: while low < t < high (JiT)."""
     low: float = 0.1
     """Lower time of the interval (0: from the very start)."""
     high: float = 1.0

@@ -31,7 +31,7 @@ class DiffusionHead(nn.Module):
         self.patch_out = nn.Linear(width, patch)
 
     def initialise(self) -> None:
-        """Xavier linears with zero biases, N(0, 0.02) for the time embedding, zeros where the head must start silent."""
+        """Xavier linears with zero biases, N(0, 0.02) for the time embedding, zeros where it must start silent."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -39,11 +39,11 @@ class DiffusionHead(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (self.time_in, self.time_out):
-            nn.init.normal_(linear.weight, std=0.02)
-        silent = [block.modulation for block in self.blocks] + [self.final_modulation, self.patch_out]
-        for linear in silent:
-            nn.init.zeros_(linear.weight)
+        for embedding in (self.time_in, self.time_out):
+            nn.init.normal_(embedding.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or name.startswith("patch_out"):
+                nn.init.zeros_(parameter)
 
     def condition(self, hidden_ND: Tensor, location_N4: Tensor) -> Tensor:
         """What does not depend on the time: hidden state and place of the target patch. Returns (N, W).

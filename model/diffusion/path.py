@@ -1,7 +1,7 @@
 """The straight path z_t = t x + (1 - t) e from noise e (t = 0) to data x (t = 1), and what a network may predict on it.
 
 Conversions divide by D = max(1 - t, eps) and T = max(t, eps). The loss uses eps > 0, because 1/(1 - t) is unbounded; a
-sampler may use eps = 0, since its grid never evaluates t = 1. Sources: JiT (arXiv 2511.13720), spaces.ac.cn/archives/11428.
+sampler may use eps = 0, since its grid never evaluates t = 1. Source: JiT, arXiv 2511.13720.
 """
 
 from typing import Literal

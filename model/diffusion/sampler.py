@@ -4,6 +4,7 @@ A velocity field is a function (z, time) -> dz/dt with time a Python float. No s
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -12,14 +13,14 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 def euler(velocity: Velocity, z: Tensor, times: list[float]) -> Tensor:
     """z <- z + dt v(z, t). One evaluation per step; with x-prediction the last step returns the prediction itself."""
-    for time, after in zip(times, times[1:], strict=False):
+    for time, after in pairwise(times):
         z = z + (after - time) * velocity(z, time)
     return z
 
 
 def heun(velocity: Velocity, z: Tensor, times: list[float]) -> Tensor:
     """Second-order predictor-corrector; the last step is Euler's, so t = 1 is never evaluated."""
-    for time, after in zip(times, times[1:-1], strict=False):
+    for time, after in pairwise(times[:-1]):
         first = velocity(z, time)
         second = velocity(z + (after - time) * first, after)
         z = z + (after - time) * (first + second) / 2

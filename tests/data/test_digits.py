@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
+
 from data.document import Image, Text
 from data.source.digits import Digits, arrays, caption
-from sklearn.datasets import load_digits
 
 
 def test_split_is_fixed_stratified_and_complete() -> None:

@@ -2,6 +2,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 from data.document import Text
 from data.source.stdlib import StandardLibrary
 
@@ -24,7 +25,7 @@ def texts(source: StandardLibrary) -> dict[str, list[str]]:
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small standard library of 60 files and everything that has to be left out."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
-    for name in ("site-packages", "json/tests", "test", "json", "__pycache__"):
+    for name in ("site-packages", "json", "json/tests", "test", "__pycache__"):
         (tmp_path / "lib" / name).mkdir(parents=True)
         (tmp_path / "lib" / name / "module.py").write_text("x = 1\n")
     for number in range(60):
@@ -58,7 +59,7 @@ def test_pieces_end_at_line_borders_and_keep_the_limit(library: Path) -> None:
         if path != "m00.py":
             assert all(piece.endswith("\n") for piece in pieces)
     assert "".join(files["m00.py"]) == (library / "m00.py").read_text()
-    assert files["m00.py"][:7] == ["é" * 16] * 6 + ["é" * 4 + "\nshort\n" + "\n" * 17]
+    assert files["m00.py"][:7] == ["é" * 16] * 6 + ["é" * 4 + "\nshort\n" + "\n" * 18]
 
 
 def test_the_running_library() -> None:
