@@ -26,6 +26,7 @@ _MAX_COLOR = 70.0  # RGB distance above which a color is none of the palette (tw
 _MAX_PLACE = 0.1  # distance from a place's center, per axis, above which an object is at none of the places
 _SIZE_LIMITS = (0.08, 0.28)  # radius / shorter side; outside it is none of the sizes
 _BLURS = (0.5, 0.0, 0.8)  # pixels, Gaussian sigma: a picture as rendered (0) and blurred ones; the first ranks shapes
+_TINY = 1e-6  # keeps divisions finite for parts that are no object at all
 _MAX_NOISE = 12.0  # gray levels: up to this much noise, measured on the background, is not held against an object
 
 
@@ -197,7 +198,7 @@ class _Part:
 
     def explain(self, drawn: np.ndarray) -> tuple[float, np.ndarray]:
         """The part of the energy that `drawn` in its best color leaves over, and that color minus the background."""
-        power = (drawn**2).sum()
+        power = max(float((drawn**2).sum()), _TINY)
         color = drawn.ravel() @ self.crop.reshape(-1, 3) / power
         return max(0.0, 1 - float((color**2).sum() * power) / self.energy), color
 
@@ -207,8 +208,8 @@ class _Part:
         _, color = self.explain(drawn)
         step = 0.2  # pixels
         slopes = np.stack([(self.draw(shape, blur, *(at + step * unit)) - drawn).ravel() / step for unit in np.eye(3)])
-        target = (self.crop @ color / (color @ color) - drawn).ravel()
-        move = np.linalg.solve(slopes @ slopes.T + 1e-6 * np.eye(3), slopes @ target)
+        target = (self.crop @ color / max(float(color @ color), _TINY) - drawn).ravel()
+        move = np.linalg.solve(slopes @ slopes.T + _TINY * np.eye(3), slopes @ target)
         return at + np.clip(move, -1.0, 1.0)
 
 
@@ -226,8 +227,8 @@ def _identify(difference: np.ndarray, labels: np.ndarray, part: int, background:
     energy = float((crop**2).sum())
     cut = _Part(crop, xs, ys, max(energy - 3 * noise * float(near.sum()), energy / 2))
     direction = crop[inside].mean(0)
-    weight = crop @ (direction / np.linalg.norm(direction))  # signed, so that noise around the object cancels out
-    weight /= weight.sum()
+    weight = crop @ direction  # signed, so that noise around the object cancels out
+    weight /= max(float(weight.sum()), _TINY)
     x, y = (weight * xs).sum(), (weight * ys).sum()
     spread = max(float((weight * ((xs - x) ** 2 + (ys - y) ** 2)).sum()), 2.0)
 
@@ -238,7 +239,7 @@ def _identify(difference: np.ndarray, labels: np.ndarray, part: int, background:
 
     def likeness(shape: str, blur: float) -> float:  # on one channel, which ranks as three do in a third of the time
         drawn = cut.draw(shape, blur, *start(shape, blur)).ravel()
-        return float((drawn @ weight.ravel()) ** 2 / (drawn @ drawn))
+        return float((drawn @ weight.ravel()) ** 2 / max(float(drawn @ drawn), _TINY))
 
     fits = []
     for shape in sorted(SHAPES, key=lambda shape: -likeness(shape, _BLURS[0]))[:2]:

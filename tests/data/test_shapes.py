@@ -290,6 +290,18 @@ def test_oracle_sees_nothing_in_empty_and_noisy_pictures() -> None:
             assert not score(pixels, next(texts))["all"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_oracle_survives_any_picture() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width = rng.integers(1, 40, 2)
+        levels = rng.choice(
+            [0, 128, 190, 200, 240, 255], (1 + height // 3, 1 + width // 3, 3), p=[0.1] * 4 + [0.5, 0.1]
+        )
+        pixels = levels.repeat(3, 0).repeat(3, 1)[:height, :width].astype(np.uint8)
+        assert all(np.isfinite([f.x, f.y, f.radius, f.error]).all() for f in read(pixels))
+
+
 @pytest.mark.parametrize("rest", ["background", "black", "noise"])
 def test_oracle_refuses_half_drawn_pictures(rest: str) -> None:
     source, rng = Shapes(5, "test", 72), np.random.default_rng(0)
