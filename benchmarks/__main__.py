@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     if name not in known:
         print(f"error: no benchmark {name!r}; choose one of {', '.join(known)}", file=sys.stderr)
         return 2
+    code = report.commit()
     run = import_module(f"benchmarks.{name}").run
     parser = ArgumentParser(prog=f"python -m benchmarks {name}")
     parser.add_function_arguments(run)
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    paths = report.write(result, command=" ".join(["python -m benchmarks", *arguments]))
+    paths = report.write(result, " ".join(["python -m benchmarks", *arguments]), code)
     print("\n".join(map(str, paths)))
     return 0
 

@@ -184,8 +184,9 @@ own default:
 {settings}
 
 Positions are places in the Transformer's sequence (text bytes, markers and patches, without padding): the systems with
-captions read about twice as many per picture. A training step is forward, backward, gradient clipping and AdamW on batches prepared beforehand, so that no system's
-data pipeline is measured. Speed is not quality: the systems solve different problems (one of them reads no text), and
-these figures say nothing about how good the pictures are after the same number of steps. Both Ropeway lines draw with
-the same code, so the difference between them there is the error of the measurement.
+captions read about twice as many per picture. A training step is forward, backward, gradient clipping and AdamW on
+batches prepared beforehand, so that no system's data pipeline is measured. Both Ropeway lines draw with the same code,
+so the difference between them there is the error of the measurement. Speed is not quality: the systems solve different
+problems (one of them reads no text), and these figures say nothing about how good the pictures are after the same
+number of steps.
 """

@@ -86,8 +86,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(result: Result, command: str, folder: Path = RESULTS) -> list[Path]:
-    """Write `<benchmark>-<date>-<hardware>` as .json, .md and, if there is a figure, .png. Returns the paths."""
+def write(result: Result, command: str, code: str | None, folder: Path = RESULTS) -> list[Path]:
+    """Write `<benchmark>-<date>-<hardware>` as .json, .md and, if there is a figure, .png. Returns the paths.
+
+    `code` is what `commit()` said when the benchmark began: the working tree may have moved on since.
+    """
     machine, day = hardware(result.device), datetime.now(UTC).date().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine.lower())).strip("-")
     stem = folder / f"{result.benchmark}-{day}-{slug}"
@@ -96,7 +99,7 @@ def write(result: Result, command: str, folder: Path = RESULTS) -> list[Path]:
         "hardware": machine,
         "versions": versions(result.packages),
         "command": command,
-        "commit": commit(),
+        "commit": code,
         "rows": list(result.rows),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ class RopewaySystem:
         self.sampling = Sampling()
         self.settings = (
             f"learns {config.head.draws} noise draw(s) per patch; draws with {self.sampling.sampler}, "
-            f"{self.sampling.steps} steps per patch, guidance scale {self.sampling.guidance.scale:g}"
+            f"{self.sampling.steps} evaluations per patch, guidance scale {self.sampling.guidance.scale:g}"
         )
         tokenizer = Tokenizer.bytes()
         self.grid = side // config.patch_size
@@ -129,9 +129,9 @@ class AutoregressiveSystem:
         module = _without_trainer("autoregressive_diffusion_pytorch", f"autoregressive_{kind}")
         module.__dict__["tqdm"] = partial(tqdm, disable=True)  # it shows a bar per patch
         build = module.ImageAutoregressiveFlow if kind == "flow" else module.ImageAutoregressiveDiffusion
-        steps = "16 midpoint steps (2 evaluations each)" if kind == "flow" else "32 Heun steps (2 evaluations each)"
+        evaluations = "midpoint, 30 evaluations" if kind == "flow" else "Heun, 63 evaluations"
         self.patches = (side // patch_size) ** 2
-        self.settings = f"no captions; learns 1 noise draw per patch; draws with {steps} per patch"
+        self.settings = f"no captions; learns 1 noise draw per patch; draws with {evaluations} per patch"
         self.model = _of_size(
             parameters,
             lambda dim: build(
@@ -168,7 +168,7 @@ class TransfusionSystem:
         import_module("loguru").logger.disable("transfusion_pytorch")
         self.name = "transfusion-pytorch"
         self.settings = (
-            "learns 1 noise draw per picture; draws with 16 midpoint time points per picture, guidance scale 3"
+            "learns 1 noise draw per picture; draws with midpoint, 30 guided evaluations per picture (scale 3)"
         )
         self.patch_size, self.grid = patch_size, side // patch_size
         self.model = _of_size(
@@ -194,7 +194,7 @@ class TransfusionSystem:
         return self.model(batch)
 
     def positions(self, documents: Sequence[Document]) -> int:
-        # Start and end of the sequence, and before and after the picture: its announcement, its shape as text, two marks.
+        # Start and end of the sequence; around the picture its announcement, its shape as text, and two marks.
         frame = 2 + 3 + len(f"{self.grid},{self.grid}")
         return sum(frame + self.grid**2 + len(caption_of(document).encode()) for document in documents)
 

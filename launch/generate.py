@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.document import Document, Image, Text, parse_document
+from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
 from model.diffusion.sampler import SAMPLERS
@@ -41,14 +41,19 @@ def main() -> None:
         folder = checkpoint.resolve(arguments.checkpoint)
         generator = Generator.load(folder, arguments.weights, arguments.device)
         sampling = _sampling(arguments, folder)
+        _check(arguments, generator)
         if arguments.image:
             pictures = [load_image(path) for path in arguments.image]
         elif arguments.document:
-            document = _read_document(arguments.document)
-            targets = _targets(arguments, ["document.jsonl"])
+            path = arguments.document
+            document = from_json(path.read_bytes(), path.parent, where=str(path))
+            # Between and around the new pictures there may be new texts.
+            most = len(document.segments) + 2 * arguments.num_images + 1
+            targets = _targets(arguments, ["document.jsonl", *(_image_name(n) for n in range(most))])
         else:
             lines = _read_prompts(arguments)
             for line in lines:
+                generator.tokenizer.count(line.prompt)  # raises for what is not Unicode
                 if line.size:
                     generator.grid(*line.size)
             jobs = [(line, i) for line in lines for i in range(line.num_images)]
@@ -75,14 +80,14 @@ def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespac
         for (line, _), seed in zip(jobs, seeds, strict=True)
     ]
     made = generator(orders, sampling, arguments.batch_size, progress=sys.stderr.isatty())
-    pictures, records = [], []
+    pictures, records, version = [], [], commit()
     for (line, _), seed, parts, target in zip(jobs, seeds, made, targets, strict=False):
         image = parts[0]
         assert isinstance(image, Image)
         assert image.pixels is not None
         record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width,
                   "checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling),
-                  "commit": commit()}  # fmt: skip
+                  "commit": version}  # fmt: skip
         save_png(image.pixels, target, ropeway=json.dumps(record))
         pictures.append(image.pixels)
         records.append({"file": target.name, **record})
@@ -109,7 +114,7 @@ def _continue(generator: Generator, sampling: Sampling, arguments: argparse.Name
         if isinstance(part, Text):
             segments.append({"text": part.text, "learn": part.learn})
         elif part.pixels is not None:
-            name = f"image-{number:03d}.png"
+            name = _image_name(number)
             save_png(part.pixels, arguments.out / name)
             segments.append({"image": name, "learn": part.learn})
     result = {"id": document.id, "source": "launch.generate", "segments": segments}
@@ -124,33 +129,57 @@ def _read_prompts(arguments: argparse.Namespace) -> list[Line]:
     lines = [Line(prompt, default.num_images, default.size, None) for prompt in arguments.prompt or []]
     if arguments.prompts_file:
         path = arguments.prompts_file
-        for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a text file in UTF-8") from None
+        for number, text in enumerate(content.split("\n"), 1):
             if not text.strip():
                 continue
             try:
                 lines.append(_prompt_line(text, default) if path.suffix == ".jsonl" else
                              Line(text, default.num_images, default.size, None))  # fmt: skip
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not lines:
-        raise ValueError("nothing to do: give --prompt, --prompts-file, --image or --document")
+        raise ValueError(f"{arguments.prompts_file}: holds no prompts")
     return lines
 
 
 def _prompt_line(text: str, default: Line) -> Line:
-    values = json.loads(text)
-    unknown = set(values) - {"prompt", "num_images", "size", "seed"}
-    if unknown or not isinstance(values.get("prompt"), str):
-        raise ValueError('an object needs "prompt" and may have "num_images", "size" and "seed"')
-    size = _size(values["size"]) if "size" in values else default.size
-    return Line(values["prompt"], int(values.get("num_images", default.num_images)), size, values.get("seed"))
-
-
-def _read_document(path: Path) -> Document:
     try:
-        return parse_document(json.loads(path.read_text()), path.parent)
+        values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"not JSON: {error}") from None
+    kinds = {"prompt": str, "num_images": int, "size": str, "seed": int}
+    if not isinstance(values, dict) or "prompt" not in values:
+        raise ValueError('expected an object with "prompt", such as {"prompt": "a red circle"}')
+    for key, value in values.items():
+        if key not in kinds or type(value) is not kinds[key]:
+            raise ValueError(f'"{key}": {json.dumps(value)} is not one of {", ".join(kinds)}, or has another type')
+    if values.get("num_images", 1) < 1:
+        raise ValueError(f'"num_images" is {values["num_images"]}; it must be at least 1')
+    size = _size(values["size"]) if "size" in values else default.size
+    return Line(values["prompt"], values.get("num_images", default.num_images), size, values.get("seed"))
+
+
+def _image_name(segment: int) -> str:
+    return f"image-{segment:03d}.png"
+
+
+def _check(arguments: argparse.Namespace, generator: Generator) -> None:
+    """Raises ValueError for what cannot be done, or not together."""
+    kinds = (arguments.prompt or arguments.prompts_file, arguments.image, arguments.document)
+    if sum(map(bool, kinds)) != 1:
+        raise ValueError("give one of --prompt (and --prompts-file), --image and --document")
+    for name in ("num_images", "batch_size", "grid"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if arguments.max_text < 0:
+        raise ValueError(f"--max-text is {arguments.max_text}; it must not be negative")
+    if arguments.size:
+        generator.grid(*arguments.size)
 
 
 def _targets(arguments: argparse.Namespace, names: list[str]) -> list[Path]:
@@ -176,7 +205,7 @@ def _sampling(arguments: argparse.Namespace, folder: Path) -> Sampling:
         top_p=arguments.top_p,
         guidance=Guidance(scale, arguments.guidance_schedule, low, high),
         sampler=arguments.sampler,
-        steps=arguments.steps or config.sampler_steps,
+        steps=config.sampler_steps if arguments.steps is None else arguments.steps,
     )
 
 
@@ -188,7 +217,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = settings.OneLineParser(
         prog="python -m launch.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

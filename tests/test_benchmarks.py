@@ -1,6 +1,8 @@
 """The command `python -m benchmarks` and its result files."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from matplotlib.figure import Figure
 
 from benchmarks import report
 from benchmarks.__main__ import main, names
+from benchmarks.peers import MODEL, cpu_seconds, series, summarise
+from benchmarks.systems import AutoregressiveSystem, RopewaySystem, System, TransfusionSystem, caption_of, count
+from data.source.digits import Digits
 
 
 def test_help_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +39,7 @@ def test_result_files(tmp_path: Path) -> None:
     result = report.Result(
         "example", rows, summary=rows, notes="What it means.", figure=figure, packages=["numpy", "no-such"]
     )
-    paths = report.write(result, "python -m benchmarks example", tmp_path)
+    paths = report.write(result, "python -m benchmarks example", "0123abc", tmp_path)
 
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
     assert len({path.stem for path in paths}) == 1
@@ -42,6 +47,7 @@ def test_result_files(tmp_path: Path) -> None:
     content = json.loads(paths[0].read_text())
     assert list(content) == ["benchmark", "hardware", "versions", "command", "commit", "rows"]
     assert content["rows"] == rows
+    assert content["commit"] == "0123abc"
     assert content["versions"]["torch"] == torch.__version__
     assert "numpy" in content["versions"]
     assert "no-such" not in content["versions"]
@@ -57,3 +63,58 @@ def test_committed_results_have_the_format(path: Path) -> None:
     assert path.name.startswith(content["benchmark"] + "-")
     assert all(not isinstance(value, dict | list) for row in content["rows"] for value in row.values())
     assert path.with_suffix(".md").exists()
+
+
+def _system(name: str) -> System:
+    """One of the compared systems, small; skips the test where the peer is not installed."""
+    small = replace(MODEL, dim=64, num_layers=2, num_heads=2, head=replace(MODEL.head, width=32, depth=1))
+    try:
+        if name == "ropeway":
+            return RopewaySystem("Ropeway", small, 8)
+        if name == "transfusion":
+            return TransfusionSystem(1_000_000, 8, 2)
+        return AutoregressiveSystem(name, 1_000_000, 8, 2)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", ["ropeway", "flow", "diffusion", "transfusion"])
+def test_compared_systems_learn_and_draw(name: str) -> None:
+    source, system = Digits("train", caption_fraction=0.0), _system(name)
+    documents = [source.document(i) for i in range(8)]
+    batch, optimizer = system.prepare(documents), torch.optim.AdamW(system.model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(8):
+        losses.append(system.loss(batch))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(losses[-1].detach()) < float(losses[0].detach())
+    images = system.draw([caption_of(document) for document in documents[:3]])
+    assert images.shape == (3, 8, 8, 3)
+    assert str(images.dtype) == "uint8"
+    assert system.positions(documents) >= 8 * 16
+
+
+@pytest.mark.parametrize("name", ["flow", "diffusion", "transfusion"])
+def test_peers_have_the_size_that_is_asked_for(name: str) -> None:
+    assert count(_system(name).model) == pytest.approx(1_000_000, rel=0.1)
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    system = _system("ropeway")
+    system.name = "other"
+
+    def row(name: str, number: int, rate: float) -> report.Row:
+        return {"system": name, "pass": "train", "round": number, "images_per_cpu_second": rate,
+                "patches_per_cpu_second": rate, "positions_per_cpu_second": None}  # fmt: skip
+
+    # The second round is twice as slow for both; written in another order than they were run.
+    rows = [row("other", 1, 5.0), row("Ropeway", 0, 20.0), row("Ropeway", 1, 10.0), row("other", 0, 10.0)]
+    assert series(rows, "other", "train") == [10.0, 5.0]
+    assert list(summarise(system, "train", rows).values())[-1] == "2.00 (2.00 to 2.00)"
+
+
+def test_cpu_seconds_leaves_out_waiting() -> None:
+    assert cpu_seconds(lambda: time.sleep(0.3)) < 0.2

@@ -75,7 +75,8 @@ def save(run: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, keep_last: int
     partial.rename(target)
     _sync(target.parent)
     _point(target.parent / "latest", target.name)
-    for old in _steps(run)[:-keep_last]:
+    # Later ones can only be unsound, passed over on resuming: they must not push out what is sound.
+    for old in [folder for folder in _steps(run) if folder.name <= target.name][:-keep_last]:
         shutil.rmtree(old)
     return target
 
@@ -108,9 +109,10 @@ def load_newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def resolve(place: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder (its latest) or a checkpoint. Raises ValueError if there is none."""
+    """The checkpoint meant by a run folder (its latest sound one) or a checkpoint, verified. Raises ValueError."""
     path = Path(place)
     if (path / "manifest.json").is_file():
+        verify(path)
         return path
     for folder in reversed(_steps(path)):
         try:
@@ -134,7 +136,7 @@ def verify(folder: Path) -> None:
             if _digest(path) != expected["sha256"]:
                 raise ValueError(f"{path}: altered since it was written (its SHA-256 differs)")
         found = json.loads((folder / "state.json").read_text())["format"]
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     if found > FORMAT:
         raise ValueError(f"{folder}: written in format {found}, this version reads up to {FORMAT}; update Ropeway")

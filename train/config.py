@@ -19,7 +19,7 @@ class RunSection:
     seed: int = 0
     """Seed of weights, data order, noise and condition dropout."""
     init_from: str | None = None
-    """Begin a new run with the weights of this run, checkpoint or export (step 0, fresh optimizer)."""
+    """Begin a new run with the weights of this run or checkpoint (step 0, fresh optimizer)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast where the GPU or the CPU has matrix units for it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -200,17 +200,25 @@ class Config:
         data = self.data
         for name, value, least in (
             ("run.steps", self.run.steps, 1),
+            ("run.stop_after", 1 if self.run.stop_after is None else self.run.stop_after, 1),
+            ("run.threads", 1 if self.run.threads is None else self.run.threads, 1),
             ("data.row_length", data.row_length, 2),
             ("data.rows_per_step", data.rows_per_step, 1),
             ("data.workers", data.workers, 0),
+            ("optim.warmup_steps", self.optim.warmup_steps, 0),
             ("engine.micro_batches", self.engine.micro_batches, 1),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep_last", self.checkpoint.keep_last, 1),
             ("eval.every", self.eval.every, 0),
+            ("eval.samples", self.eval.samples, 0),
+            ("eval.sampler_steps", self.eval.sampler_steps, 1),
+            ("eval.guidance", self.eval.guidance, 0),
             ("log.every", self.log.every, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 <= self.run.seed < 2**63:
+            raise ValueError(f"run.seed is {self.run.seed}; it must lie in 0 <= seed < 2**63")
         if data.shapes:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:

@@ -113,8 +113,7 @@ def digits(task: Task) -> Scores:
 def text(task: Task) -> Scores:
     """Bits per byte of held-out documents, the end of each document counted in."""
     section = task.config.data.text
-    if section is None:
-        raise ValueError("suite text needs a model that was trained with data.text")
+    assert section is not None
     source = StandardLibrary("test", section.max_bytes)
     count = min(task.num, len(source))
     nats, model = 0.0, task.generator.model
@@ -171,14 +170,14 @@ def _write_lines(path: Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def evaluate(task: Task, suite: str, place: str) -> dict:
-    """Run a suite and write its result beside the checkpoint's run, as JSON. Returns the result."""
+def evaluate(task: Task, suite: str, folder: Path) -> dict:
+    """Run a suite on the checkpoint in folder and write its result to task.out, as JSON. Returns the result."""
     task.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     scores = SUITES[suite](task)
     result = {
         "suite": suite,
-        "checkpoint": str(checkpoint.resolve(place)),
+        "checkpoint": str(folder),
         "scores": scores,
         "sampling": asdict(task.sampling),
         "seed": task.seed,
@@ -191,7 +190,7 @@ def evaluate(task: Task, suite: str, place: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = settings.OneLineParser(
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="run folder (its latest checkpoint) or checkpoint folder")
@@ -212,17 +211,19 @@ def main() -> None:
         config = checkpoint.read_config(folder)
         generator = Generator.load(folder, arguments.weights, arguments.device)
         guidance = config.eval.guidance if arguments.guidance is None else arguments.guidance
-        sampling = Sampling(guidance=Guidance(guidance), sampler=arguments.sampler,
-                            steps=arguments.steps or config.eval.sampler_steps)  # fmt: skip
-        num = arguments.num or _DEFAULT_NUM[arguments.suite]
+        steps = config.eval.sampler_steps if arguments.steps is None else arguments.steps
+        sampling = Sampling(guidance=Guidance(guidance), sampler=arguments.sampler, steps=steps)
+        num = _DEFAULT_NUM[arguments.suite] if arguments.num is None else arguments.num
         if num < 1:
             raise ValueError(f"--num is {num}; it must be at least 1")
+        if arguments.suite == "text" and config.data.text is None:
+            raise ValueError("suite text needs a model that was trained with data.text")
         out = arguments.out or folder.parent.parent / "eval"
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
     except (ValueError, OSError) as error:
         settings.fail(error, 2)
     try:
-        result = evaluate(task, arguments.suite, arguments.checkpoint)
+        result = evaluate(task, arguments.suite, folder)
     except (ValueError, OSError) as error:
         settings.fail(error, 1)
     for name, value in result["scores"].items():

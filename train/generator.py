@@ -48,7 +48,6 @@ class Generator:
     def load(cls, place: str | Path, weights: Literal["ema", "raw"] = "ema", device: str = "auto") -> "Generator":
         """From a run folder (its latest checkpoint) or a checkpoint folder. Raises ValueError if it is not sound."""
         folder = checkpoint.resolve(place)
-        checkpoint.verify(folder)
         config = checkpoint.read_config(folder)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         model = build_model(config, tokenizer)

@@ -56,6 +56,8 @@ def set_up(config: Config) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = pick_device(config.run.device)
+    if Path(config.run.dir).is_file():
+        raise ValueError(f"run.dir {config.run.dir} is a file; choose a folder")
     found = checkpoint.load_newest(Path(config.run.dir), lambda message: logger.warning("warning: %s", message))
     if found:
         _refuse_other_settings(config, found.config)
@@ -64,7 +66,8 @@ def set_up(config: Config) -> Run:
     mixture = pipeline.make_mixture(config, encoder, "train")
     has_held_out = config.eval.every and pipeline.make_sources(config.data, "test")
     held_out = pipeline.make_mixture(config, encoder, "test") if has_held_out else None
-    mixture.measure()  # A document that is broken or does not fit stops the run here, not later in a worker.
+    if config.data.files:
+        mixture.measure()  # A document that is broken or does not fit stops the run here, not later in a worker.
     mixture.plan.row((found.step if found else 0) * config.data.rows_per_step)  # Workers inherit what this counts.
     model = build_model(config, tokenizer)
     model.initialise(config.run.seed)
@@ -86,12 +89,14 @@ def set_up(config: Config) -> Run:
 def train(run: Run, dry_run: bool) -> None:
     """Train from run.step to run.steps (or run.stop_after, or a signal), with checkpoints, metrics and samples."""
     config, engine = run.config, run.engine
-    last = 1 if dry_run else min(config.run.steps, config.run.stop_after or config.run.steps)
+    last = run.step + 1 if dry_run else min(config.run.steps, config.run.stop_after or config.run.steps)
     log = (
         Log(None if dry_run else run.folder, run.step, config.run.steps, config.log.tensorboard)
         if engine.rank == 0
         else None
     )
+    if log and not dry_run:
+        settings.write(config, run.folder / "config.yaml")
     _announce(run, dry_run)
     stop = _StopFlag()
     meter = _Meter()

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from train.config import OptimSection
 
@@ -39,5 +39,7 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current: list[Tensor] = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+        current = {name: p.detach() for name, p in model.named_parameters()}
+        # By name: the averages of a loaded checkpoint come in the file's order.
+        averages = [self.weights[name] for name in current]
+        torch._foreach_lerp_(averages, list(current.values()), 1 - decay)

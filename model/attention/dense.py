@@ -10,8 +10,8 @@ from model.attention.documents import Documents
 from model.rope import Rotation, rotate
 
 KEY_MULTIPLE = 64
-"""While decoding, keys are attended in multiples of this many slots, the surplus masked: how a sum over keys is split
-into vectors follows their number, and the rounding of a sample must not depend on how long the others of a batch are."""
+"""While generating, keys are attended in multiples of this many slots, the surplus masked: how a sum over keys is split
+into vectors follows their number, and the rounding of a sample must not depend on the lengths of the others."""
 
 
 @dataclass
@@ -56,16 +56,13 @@ class DenseAttention(nn.Module):
         state.key_BKTE[sample, :, length_B] = rotate(k_B1KE, angles)[:, 0]
         state.value_BKTE[sample, :, length_B] = v_B1KE[:, 0]
         reach = _rounded_up(longest + 1)
-        seen = torch.arange(reach, device=length_B.device) <= length_B[:, None]
-        out = F.scaled_dot_product_attention(
-            rotate(q_B1HE, angles).transpose(1, 2),
-            state.key_BKTE[:, :, :reach],
-            state.value_BKTE[:, :, :reach],
-            attn_mask=seen[:, None, None],
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2)
+        unseen = torch.arange(reach, device=length_B.device) > length_B[:, None]
+        key_BKTE, value_BKTE = state.key_BKTE[:, :, :reach], state.value_BKTE[:, :, :reach]
+        # Plain products: the fused kernel of the CPU rounds a single query differently from thread to thread.
+        q_BKGE = rotate(q_B1HE, angles)[:, 0].unflatten(1, (key_BKTE.shape[1], -1))
+        score_BKGT = (q_BKGE @ key_BKTE.transpose(-1, -2)).float() * self.scale
+        weight_BKGT = score_BKGT.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
+        return (weight_BKGT.to(value_BKTE.dtype) @ value_BKTE).flatten(1, 2).unsqueeze(1)
 
     def _grouped(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents) -> Tensor:
         q, k, v = (x.flatten(0, 1) for x in (q_BSHE, k_BSKE, v_BSKE))

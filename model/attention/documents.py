@@ -30,7 +30,7 @@ class Documents:
     def of(cls, document_BS: Tensor, multiple: int = 1) -> "Documents":
         """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
 
-        Groups collect lengths between two powers of two, so padding at most doubles the attention of a document.
+        Groups collect lengths between two powers of two, so padding at most doubles the length of a document.
         Their length L is rounded up to a multiple, for callers whose rounding must not depend on the other documents.
         """
         flat = document_BS.flatten()

@@ -156,7 +156,7 @@ def turn_by_complex_numbers(x: Tensor, p1: float, p2: float, base: float = 10000
 
 
 def slow_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, document: Tensor) -> Tensor:
-    """Masked softmax attention in float64, slot by slot and head by head. q (S, H, E), k, v (S, K, E); document (S,)."""
+    """Softmax attention in float64, slot by slot and head by head. q (S, H, E), k, v (S, K, E), document (S,)."""
     num_slots, num_heads, width = q.shape
     share = num_heads // k.shape[1]
     out = []

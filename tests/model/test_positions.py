@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import positions
 from model.positions import LAYOUTS, Grid, parse_document
-from tests.model.support import build, batch_of, Words
+from tests.model.support import Words, batch_of, build
 
 Shape = list[int | tuple[int, int]]
 """A document: an integer is that many text tokens, a pair an image of (rows, columns) patches."""
@@ -159,6 +159,7 @@ class TestContract:
         here, there = (np.array(positions_of(layout, [n, *document])) for n in (1, 1 + added))
         np.testing.assert_allclose(there[added:], here + added, rtol=1e-6)
 
+    @settings(max_examples=20)
     @given(shapes)
     def test_later_slots_change_no_earlier_position(self, layout, document) -> None:
         grid = grid_of([document])
@@ -241,8 +242,12 @@ def test_command_prints_a_table() -> None:
     ]  # fmt: skip
 
 
-def test_command_refuses_an_unknown_layout() -> None:
-    assert run("--layout", "nonsense", "T2").returncode == 2
+def test_command_refuses_an_unknown_layout(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["model.positions", "--layout", "nonsense", "T2"])
+    with pytest.raises(SystemExit) as stopped:
+        positions.main()
+    assert stopped.value.code == 2
+    assert "tie_frac" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "T2 X3", "I2", "I2x", "T-1", "I0x3", "I3x0 T1", "T0"])

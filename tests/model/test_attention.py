@@ -1,0 +1,157 @@
+"""Every kind of attention against a slow float64 reference, and the contract that all kinds keep."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.attention import KINDS
+from model.attention.dense import DenseAttention
+from model.attention.documents import Documents
+from model.rope import Rotation, frequencies, rotation
+from tests.model.support import slow_attention
+
+HEADS, WIDTH = 4, 8
+
+
+def random_documents(rng: np.random.Generator, batch: int, slots: int) -> torch.Tensor:
+    rows = []
+    for _ in range(batch):
+        row: list[int] = []
+        while len(row) < slots - 3:
+            row += [max(row, default=0) + 1] * int(rng.integers(1, 9))
+        rows.append((row[: slots - int(rng.integers(0, 4))] + [0] * slots)[:slots])
+    return torch.tensor(rows)
+
+
+def case(seed: int, kv_heads: int, slots: int = 16) -> tuple:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    document_BS = random_documents(rng, 2, slots)
+    positions = torch.rand(2, slots, 2) * 30
+    angles = rotation(positions, frequencies(WIDTH, 10000.0, "alternate", torch.device("cpu")))
+    shapes = (HEADS, kv_heads, kv_heads)
+    q, k, v = (torch.randn(2, slots, heads, WIDTH, requires_grad=True) for heads in shapes)
+    return q, k, v, positions, angles, document_BS
+
+
+def causality_error(kind: torch.nn.Module, document_BS: torch.Tensor, seed: int = 0) -> float:
+    """Largest derivative of an output with respect to a key or value that it must not see, (B, S) documents."""
+    torch.manual_seed(seed)
+    batch, slots = document_BS.shape
+    q, k, v = (torch.randn(batch, slots, 2, WIDTH, requires_grad=True) for _ in range(3))
+    angles = rotation(torch.rand(batch, slots, 2), frequencies(WIDTH, 10000.0, "alternate", torch.device("cpu")))
+    out = kind(q, k, v, angles, Documents.of(document_BS))
+    worst = 0.0
+    for b in range(batch):
+        for i in range(slots):
+            gradients = torch.autograd.grad(out[b, i].square().sum(), (q, k, v), retain_graph=True)
+            influence = sum(g.abs().sum(dim=(2, 3)) for g in gradients)
+            allowed = torch.zeros(batch, slots, dtype=torch.bool)
+            allowed[b, : i + 1] = (document_BS[b, : i + 1] == document_BS[b, i]) & (document_BS[b, i] > 0)
+            worst = max(worst, float(influence[~allowed].max()))
+            assert (influence[allowed] > 0).all(), "an output ignores a slot of its own past"
+    return worst
+
+
+@pytest.mark.parametrize("name", KINDS)
+class TestEveryKind:
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_forward_and_gradients_equal_the_slow_reference(self, name, seed, kv_heads) -> None:
+        if name != "dense":
+            pytest.skip("only dense is softmax attention; other kinds bring their own reference")
+        q, k, v, positions, angles, document_BS = case(seed, kv_heads)
+        found = KINDS[name](WIDTH)(q, k, v, angles, Documents.of(document_BS))
+        rows = zip(q, k, v, positions, document_BS, strict=True)
+        expected = torch.stack([slow_attention(*row) for row in rows])
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
+        weight = torch.randn_like(expected)
+        got = torch.autograd.grad((found.double() * weight).sum(), (q, k, v))
+        wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=3e-5)
+
+    def test_nothing_flows_back_in_time_or_between_documents(self, name) -> None:
+        document_BS = torch.tensor([[1] * 5 + [2] * 4 + [3] + [0] * 2, [1] * 7 + [2] * 5])
+        assert causality_error(KINDS[name](WIDTH), document_BS) == 0
+
+    def test_padding_returns_zeros(self, name) -> None:
+        q, k, v, _, angles, document_BS = case(3, 2)
+        out = KINDS[name](WIDTH)(q, k, v, angles, Documents.of(document_BS))
+        assert (document_BS == 0).any()
+        assert (out[document_BS == 0] == 0).all()
+
+    def test_prefill_and_steps_equal_forward(self, name) -> None:
+        torch.manual_seed(0)
+        lengths, slots, added = [3, 7, 5], 7, 4
+        total = slots + added
+        angles = rotation(torch.rand(3, total, 2) * 9, frequencies(WIDTH, 1e4, "alternate", torch.device("cpu")))
+        q, k, v = (torch.randn(3, total, heads, WIDTH) for heads in (4, 2, 2))
+        kind = KINDS[name](WIDTH)
+        whole = torch.arange(total) < torch.tensor(lengths)[:, None] + added
+        expected = kind(q, k, v, angles, Documents.of(whole.long()))
+        prompt = Documents.of((torch.arange(slots) < torch.tensor(lengths)[:, None]).long())
+
+        def at(x: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+            return x[torch.arange(3), length_B].unsqueeze(1)
+
+        head = Rotation(*(part[:, :slots] for part in angles))
+        out, state = kind.prefill(q[:, :slots], k[:, :slots], v[:, :slots], head, prompt, total)
+        for b, length in enumerate(lengths):
+            torch.testing.assert_close(out[b, :length], expected[b, :length], rtol=0, atol=2e-6)
+        length_B = torch.tensor(lengths)
+        for step in range(added):
+            here = Rotation(*(at(part, length_B) for part in angles))
+            out = kind.step(at(q, length_B), at(k, length_B), at(v, length_B), here, length_B, slots + step, state)
+            torch.testing.assert_close(out, at(expected, length_B), rtol=0, atol=2e-6)
+            length_B = length_B + 1
+
+
+class _Peeks(DenseAttention):
+    """A wrong kind: it ignores that documents have an order."""
+
+    def _grouped(self, q, k, v, documents):  # type: ignore[no-untyped-def]
+        out = torch.zeros_like(q).flatten(0, 1)
+        for group in documents.groups:
+            parts = (x.flatten(0, 1)[group.slot_GL].transpose(1, 2) for x in (q, k, v))
+            mixed = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+            out = out.index_copy(0, group.slot_GL[group.valid_GL], mixed[group.valid_GL])
+        return out.view_as(q)
+
+
+class _Leaks(DenseAttention):
+    """A wrong kind: it takes a row for one document."""
+
+    def forward(self, q, k, v, angles, documents):  # type: ignore[no-untyped-def]
+        return super().forward(q, k, v, angles, Documents.of(torch.ones(q.shape[:2], dtype=torch.long)))
+
+
+@pytest.mark.parametrize("wrong", [_Peeks, _Leaks])
+def test_the_causality_check_finds_wrong_kinds(wrong) -> None:
+    document_BS = torch.tensor([[1] * 5 + [2] * 7, [1] * 7 + [2] * 5])
+    assert causality_error(wrong(WIDTH), document_BS) > 1e-3
+
+
+def test_groups_hold_every_slot_once_and_waste_at_most_half() -> None:
+    document_BS = random_documents(np.random.default_rng(5), 4, 60)
+    documents = Documents.of(document_BS)
+    slots = torch.cat([group.slot_GL[group.valid_GL] for group in documents.groups])
+    assert sorted(slots.tolist()) == document_BS.flatten().nonzero()[:, 0].tolist()
+    squared = 0
+    for group in documents.groups:
+        lengths = group.valid_GL.sum(1)
+        squared += int((lengths**2).sum())
+        assert (2 * lengths > group.valid_GL.shape[1]).all()
+        for slot, valid in zip(group.slot_GL, group.valid_GL, strict=True):
+            assert (slot[valid].diff() == 1).all()
+            assert len(set(document_BS.flatten()[slot].tolist())) == 1
+    assert documents.squared_lengths == squared
+
+
+def test_equal_numbers_in_neighbouring_rows_are_two_documents() -> None:
+    (group,) = Documents.of(torch.ones(2, 4, dtype=torch.long)).groups
+    assert group.slot_GL.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_batch_of_padding_has_no_documents() -> None:
+    assert Documents.of(torch.zeros(2, 5, dtype=torch.long)) == Documents((), 0)

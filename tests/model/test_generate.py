@@ -1,0 +1,391 @@
+"""Generation: equal to the parallel form, within the grammar, and the same pixels in every batch."""
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from model import generate as generation
+from model.batch import Batch, to_bytes
+from model.config import HeadConfig
+from model.diffusion.guidance import Guidance
+from model.diffusion.sampler import SAMPLERS
+from model.generate import GeneratedImage, GeneratedText, Prompt, Request, Sampling, choose_tokens, generate
+from tests.model.support import (
+    VOCABULARY,
+    Document,
+    Picture,
+    Recorder,
+    Words,
+    build,
+    pack,
+    picture,
+    slots_of,
+    tiny_config,
+)
+
+V = VOCABULARY
+
+
+def prompt_of(document: Document, patch_size: int = 2) -> Prompt:
+    row = pack([document], patch_size=patch_size)
+    columns = {name: getattr(row, name)[:-1] for name in ("token", "row", "col", "rows", "cols")}
+    return Prompt(**columns, patches=row.patches)
+
+
+def document_of(segments: list) -> Document:
+    return [Words(s.tokens) if isinstance(s, GeneratedText) else Picture(s.rows, s.cols, s.patches) for s in segments]
+
+
+def same(one: list, other: list) -> bool:
+    if [type(s) for s in one] != [type(s) for s in other]:
+        return False
+    return all(
+        a.tokens == b.tokens
+        if isinstance(a, GeneratedText)
+        else (a.rows, a.cols) == (b.rows, b.cols) and np.array_equal(a.patches, b.patches)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def random_requests(count: int, patch_size: int = 2) -> list[Request]:
+    rng, requests = np.random.default_rng(0), []
+    for b in range(count):
+        document: Document = [Words(rng.integers(0, V.pad, rng.integers(1, 70 if b == 4 else 12)).tolist())]
+        if b % 2:
+            document.insert(b % 3 % 2, picture(rng, *map(int, rng.integers(1, 4, 2)), patch_size=patch_size))
+        grid = (2, 3) if b % 2 else None
+        limits = {"max_images": 2, "max_text": 6, "max_patches": 6}
+        requests.append(Request(prompt_of(document, patch_size), b, begin_image=b % 3 == 0, grid=grid, **limits))
+    return requests
+
+
+def uncached(model, request: Request, segments: list, drop_text: bool = False) -> tuple[list, torch.Tensor, np.ndarray]:
+    """The whole sequence, prompt and generated slots, and its hidden states by the parallel form."""
+    prompt = request.prompt
+    slots = list(zip(prompt.token, prompt.row, prompt.col, prompt.rows, prompt.cols, strict=True))
+    slots += [slot[:5] for slot in slots_of(document_of(segments))[1:]]
+    if drop_text:
+        slots = [slot for slot in slots if slot[0] >= V.pad]
+    patches = [prompt.patches, *(s.patches for s in segments if isinstance(s, GeneratedImage))]
+    columns = dict(zip(("token", "row", "col", "rows", "cols"), np.array(slots).T, strict=True))
+    count = len(slots)
+    row = type("Row", (), columns | {
+        "document": np.ones(count, int), "index": np.arange(1, count + 1), "learn": np.ones(count, bool),
+        "patches": np.concatenate(patches),
+    })  # fmt: skip
+    with torch.no_grad():
+        return slots, model.hidden(Batch.collate([row], [0]))[0], np.concatenate(patches)
+
+
+def slow_patch(model, hidden, place, noise, sampling: Sampling, unconditional=None, scale: float = 1.0):  # type: ignore[no-untyped-def]
+    """One patch by plain Euler or Heun steps on the velocity."""
+    head, config = model.diffusion_head, model.config.head
+
+    def velocity(z: torch.Tensor, t: float) -> torch.Tensor:
+        out = []
+        for state in (hidden, unconditional) if unconditional is not None else (hidden,):
+            says = head(z[None], torch.tensor([t]), head.condition(state[None], torch.tensor([place])))[0]
+            v = {"x": (says - z) / (1 - t), "v": says, "eps": (z - says) / max(t, config.time_eps)}
+            out.append(v[config.prediction])
+        return out[0] if len(out) == 1 else out[1] + scale * (out[0] - out[1])
+
+    z, n = noise * config.noise_scale, sampling.steps
+    for k in range(n):
+        t, h = k / n, 1 / n
+        v = velocity(z, t)
+        if sampling.sampler == "heun" and k < n - 1:
+            v = (v + velocity(z + h * v, t + h)) / 2
+        z = z + h * v
+    return to_bytes(z).int()
+
+
+def mixed_seed(seed: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(generation._mix(seed, stream))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "sampler", "scale"),
+    [("x", "euler", 1.0), ("x", "heun", 1.0), ("x", "euler", 2.5), ("v", "euler", 1.0), ("eps", "heun", 2.5)],
+)
+def test_cached_generation_equals_the_parallel_form(prediction, sampler, scale) -> None:
+    """Greedy text is the argmax of the uncached logits, and patches are what the head draws from uncached states."""
+    config = tiny_config(head=HeadConfig(width=24, depth=2, prediction=prediction, noise_scale=1.5))
+    model = build(config)
+    sampling = Sampling(temperature=0, sampler=sampler, steps=4, guidance=Guidance(scale))
+    requests, checked = random_requests(5), Counter[str]()
+    for request, segments in zip(requests, generate(model, requests, sampling), strict=True):
+        slots, hidden, patches = uncached(model, request, segments)
+        _, free, _ = uncached(model, request, segments, drop_text=True)
+        with torch.no_grad():
+            logits = model.text_head.logits(hidden)
+        images, seen, dropped = 0, len(request.prompt.patches), 0
+        start = len(request.prompt.token)
+        given = {start} if request.begin_image else set()
+        if sum(len(s.tokens) for s in segments if isinstance(s, GeneratedText)) >= request.max_text:
+            given.add(len(slots) - 1)  # ended by the limit, not by the model
+        for k in range(1, len(slots)):
+            token, *place = (int(n) for n in slots[k])
+            dropped += int(slots[k - 1][0] < V.pad)
+            if k < start or k in given:
+                continue
+            if place[2]:
+                if place[:2] == [1, 1]:
+                    images += 1
+                    noise = torch.randn(place[2] * place[3], 12, generator=mixed_seed(request.seed, images))
+                ordinal = (place[0] - 1) * place[3] + place[1] - 1
+                other = free[k - 1 - dropped] if scale != 1 else None
+                with torch.no_grad():
+                    expected = slow_patch(model, hidden[k - 1], place, noise[ordinal], sampling, other, scale)
+                difference = (expected - torch.from_numpy(patches[seen]).int()).abs()
+                assert difference.max() <= 1  # rounding on the edge of two bytes
+                assert (difference > 0).float().mean() < 0.2
+                seen += 1
+                checked["patch"] += 1
+            elif token < V.pad or token in (V.eos, V.boi):
+                allowed = torch.ones(V.size, dtype=torch.bool)
+                allowed[V.pad :] = False
+                allowed[V.eos] = True
+                allowed[V.boi] = images < request.max_images
+                assert token == int(logits[k - 1].masked_fill(~allowed, -torch.inf).argmax())
+                checked["text"] += 1
+            elif request.grid is None and token >= V.first_row:
+                first = V.first_row if token < V.first_col else V.first_col
+                across = 1 if first == V.first_row else int(slots[k - 1][0]) - V.first_row + 1
+                most = min(V.max_grid, max(1, request.max_patches // across))
+                assert token - first == int(logits[k - 1, first : first + most].argmax())
+                checked["size"] += 1
+    assert min(checked[kind] for kind in ("patch", "text", "size")) >= 2, checked
+
+
+def test_hidden_states_of_every_step_equal_the_parallel_form(monkeypatch) -> None:
+    model, request = build(), random_requests(4)[3]
+    recorder = Recorder(model.backbone.step)
+    monkeypatch.setattr(model.backbone, "step", recorder)
+    (segments,) = generate(model, [request], Sampling(steps=2))
+    _, hidden, _ = uncached(model, request, segments)
+    start = len(request.prompt.token)
+    steps = min(len(recorder.results), len(hidden) - start)
+    assert steps > 10
+    for k in range(steps):
+        torch.testing.assert_close(recorder.results[k][0, 0], hidden[start + k], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize(("dim", "width", "patch_size"), [(32, 24, 2), (96, 72, 4)])
+def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, threads, monkeypatch) -> None:
+    """Not a bit, hidden states included: rows, prompts and threads of other samples must not change the rounding."""
+    model = build(tiny_config(dim=dim, patch_size=patch_size, head=HeadConfig(width=width, depth=2)))
+    requests = random_requests(11, patch_size)
+    states: list[torch.Tensor] = []
+    append = generation._Streams.append
+
+    def recording(self, *arguments):  # type: ignore[no-untyped-def]
+        states.append(self.hidden_RD.clone())
+        append(self, *arguments)
+
+    monkeypatch.setattr(generation._Streams, "append", recording)
+
+    def run(batch: list[Request]) -> tuple[list, list[torch.Tensor]]:
+        states.clear()
+        out = generate(model, batch, Sampling(steps=2, guidance=Guidance(scale)))
+        return out, list(states)
+
+    torch.set_num_threads(threads)
+    try:
+        singles = [run([request]) for request in requests]
+        for size in (1, 2, 3, 5, 8, 11):
+            out, found = run(requests[:size])
+            for b in range(size):
+                (alone,), expected = singles[b]
+                assert same(out[b], alone), f"sample {b} of a batch of {size}"
+                for here, there in zip(found, expected, strict=False):
+                    assert torch.equal(here[b], there[0]), f"hidden states of sample {b} of a batch of {size}"
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_order_of_the_batch_and_global_state_change_nothing() -> None:
+    model, requests = build(), random_requests(5)
+    torch.manual_seed(1)
+    one = generate(model, requests, Sampling(steps=2))
+    torch.manual_seed(2)
+    two = generate(model, requests[::-1], Sampling(steps=2))[::-1]
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+
+
+def image_request(seed: int, **changes: object) -> Request:
+    settings: dict = {"begin_image": True, "grid": (2, 2), "max_text": 1}
+    return Request(prompt_of([Words([1, 2, 3])]), seed, **(settings | changes))
+
+
+def test_another_seed_gives_other_pixels() -> None:
+    out = generate(build(), [image_request(seed) for seed in (1, 2, 1)], Sampling(steps=2))
+    assert same(out[0], out[2])
+    assert not np.array_equal(out[0][0].patches, out[1][0].patches)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "interval"])
+def test_guidance_of_scale_one_is_no_guidance(schedule, monkeypatch) -> None:
+    model, requests = build(), random_requests(5)
+    plain = generate(model, requests, Sampling(steps=3))
+    recorder = Recorder(model.backbone.step)
+    monkeypatch.setattr(model.backbone, "step", recorder)
+    guided = generate(model, requests, Sampling(steps=3, guidance=Guidance(1.0, schedule)))
+    assert all(same(a, b) for a, b in zip(plain, guided, strict=True))
+    assert all(len(out) == 8 for out in recorder.results), "the second stream was run for nothing"
+
+
+def test_guidance_of_scale_zero_ignores_the_text() -> None:
+    model = build()
+    requests = [Request(prompt_of([Words(words)]), 5, True, (2, 2), max_text=0) for words in ([1, 2], [9], [3] * 5)]
+    out = generate(model, requests, Sampling(steps=3, guidance=Guidance(0.0)))
+    assert same(out[0], out[1])
+    assert same(out[0], out[2])
+    plain = generate(model, requests, Sampling(steps=3))
+    assert not same(plain[0], plain[1])
+
+
+def test_guidance_without_text_changes_at_most_the_rounding() -> None:
+    """Both branches are equal, so the scale does not matter."""
+    model = build()
+    requests = [Request(prompt_of([]), seed, True, (2, 2), max_text=0) for seed in range(3)]
+    plain = generate(model, requests, Sampling(steps=3))
+    guided = generate(model, requests, Sampling(steps=3, guidance=Guidance(4.0)))
+    for one, other in zip(plain, guided, strict=True):
+        assert np.abs(one[0].patches.astype(int) - other[0].patches).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_the_grammar_is_never_violated(sampler, temperature) -> None:
+    model = build()
+    with torch.no_grad():
+        model.text_head.weight.mul_(30)  # strong opinions, among them for tokens that are out of place
+    rng, requests = np.random.default_rng(0), []
+    for seed in range(40):
+        request = Request(
+            prompt_of([Words([int(rng.integers(16))])]), seed, bool(seed % 2), [None, (1, 1), (3, 2)][seed % 3],
+            max_images=int(rng.integers(0, 4)), max_text=int(rng.integers(0, 9)), max_patches=int(rng.integers(1, 9)),
+        )  # fmt: skip
+        requests.append(request)
+    kinds = Counter()
+    for request, segments in zip(requests, generate(model, requests, Sampling(temperature, sampler=sampler, steps=1)),
+                                 strict=True):  # fmt: skip
+        images = [s for s in segments if isinstance(s, GeneratedImage)]
+        words = [s for s in segments if isinstance(s, GeneratedText)]
+        assert len(images) <= request.max_images
+        assert sum(len(s.tokens) for s in words) <= request.max_text
+        assert all(s.tokens and all(0 <= token < V.pad for token in s.tokens) for s in words)
+        for image in images:
+            assert image.patches.shape == (image.rows * image.cols, 12)
+            assert image.patches.dtype == np.uint8
+            assert image.rows * image.cols <= (np.prod(request.grid) if request.grid else request.max_patches)
+            if request.grid:
+                assert (image.rows, image.cols) == request.grid
+        for one, other in pairwise(segments):
+            assert not (isinstance(one, GeneratedText) and isinstance(other, GeneratedText))
+        if request.begin_image and request.max_images:
+            assert isinstance(segments[0], GeneratedImage)
+        kinds.update(type(s).__name__ for s in segments)
+    assert kinds["GeneratedImage"] > 10
+    assert kinds["GeneratedText"] > 5
+
+
+def biased(*tokens: int) -> torch.nn.Module:
+    """A model whose final norm gives a constant state, so that these tokens win, the first ones most."""
+    model = build()
+    with torch.no_grad():
+        model.text_head.weight.zero_()
+        model.backbone.norm.weight.zero_()
+        model.backbone.norm.weight[0] = 1
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        out = torch.full((len(hidden), V.size), -50.0)
+        for rank, token in enumerate(tokens):
+            out[:, token] = 50.0 - rank
+        return out
+
+    model.text_head.logits = logits  # type: ignore[method-assign, assignment]
+    return model
+
+
+GREEDY = Sampling(temperature=0, steps=1)
+
+
+def test_max_text() -> None:
+    ((text,),) = generate(biased(3), [Request(prompt_of([]), 0, max_text=7)], GREEDY)
+    assert text.tokens == [3] * 7
+    assert generate(biased(3), [Request(prompt_of([]), 0, max_text=0)], GREEDY) == [[]]
+
+
+def test_end_of_sequence() -> None:
+    assert generate(biased(V.eos), [Request(prompt_of([]), 0)], GREEDY) == [[]]
+
+
+def test_several_images_and_their_limit() -> None:
+    segments = generate(biased(V.boi, 5), [Request(prompt_of([]), 0, grid=(1, 2), max_images=3, max_text=4)], GREEDY)
+    assert [type(s).__name__ for s in segments[0]] == ["GeneratedImage"] * 3 + ["GeneratedText"]
+    assert segments[0][3].tokens == [5] * 4
+    patches = [s.patches for s in segments[0][:3]]
+    assert not np.array_equal(patches[0], patches[1]), "images of one sample share their noise"
+
+
+def test_free_grid_respects_the_budget() -> None:
+    best = (V.first_row + 4, V.first_col + 7, V.boi)
+    request = Request(prompt_of([]), 0, max_images=1, max_text=1, max_patches=20)
+    ((image, *_),) = generate(biased(*best, V.first_col + 3), [request], GREEDY)
+    assert (image.rows, image.cols) == (5, 4)  # 5 x 8 would be 40
+
+
+@pytest.mark.parametrize("grid", [(0, 2), (2, 9), (-1, 1)])
+def test_impossible_grid_is_refused(grid) -> None:
+    with pytest.raises(ValueError, match=r"grid.*1 \.\. 8"):
+        generate(build(), [image_request(0, grid=grid)], GREEDY)
+
+
+def test_image_only() -> None:
+    (segments,) = generate(build(), [image_request(0, max_text=0)], Sampling(steps=2))
+    assert [type(s) for s in segments] == [GeneratedImage]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.6), (1.5, 5, 0.8), (1.0, 100, 0.01)],
+)
+def test_token_frequencies_equal_the_filtered_distribution(temperature, top_k, top_p) -> None:
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 2
+    logits[4] = -torch.inf
+    logits[7] = logits[2]  # a tie
+    weights = np.exp(logits.double().numpy() / temperature)
+    weights /= weights.sum()
+    order = sorted(range(12), key=lambda n: (-weights[n], n))
+    kept, reached = [], 0.0
+    for rank, token in enumerate(order):
+        if (top_k and rank >= top_k) or reached >= top_p:
+            break
+        kept.append(token)
+        reached += weights[token]
+    expected = np.array([weights[n] / reached if n in kept else 0.0 for n in range(12)])
+    count = 50_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    chosen = choose_tokens(logits.expand(count, 12), Sampling(temperature, top_k, top_p), uniform)
+    np.testing.assert_allclose(np.bincount(chosen, minlength=12) / count, expected, atol=2e-4)
+
+
+def test_extreme_uniform_numbers_never_choose_a_forbidden_token() -> None:
+    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 0.0]]).repeat(2, 1)
+    uniform = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert choose_tokens(logits, Sampling(), uniform).tolist() == [1, 3]
+    assert choose_tokens(logits, Sampling(temperature=0), uniform).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"sampler": "magic"}, {"steps": 0}]
+)
+def test_sampling_refusals(wrong) -> None:
+    with pytest.raises(ValueError, match="sampl"):
+        Sampling(**wrong)

@@ -1,0 +1,138 @@
+"""Schedule, weight-decay groups, AdamW and the weight average against slow float64 references."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.train.support import TINY
+from train import settings
+from train.config import OptimSection
+from train.optimizer import WeightAverage, adamw, learning_rate
+from train.pipeline import make_tokenizer, vocabulary_of
+
+CONFIG = OptimSection(lr=2e-3, final_lr_ratio=0.1, warmup_steps=10, weight_decay=0.25, eps=1e-7)
+
+
+class Net(nn.Module):
+    """Parameters of every kind, in an order that is not alphabetical."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.z = nn.Parameter(torch.randn(4, 3, generator=random))
+        self.token_embedding = nn.Embedding(5, 3)
+        self.a = nn.Parameter(torch.randn(4, 3, generator=random))
+        self.norm = nn.Parameter(torch.randn(3, generator=random))
+
+
+def test_schedule() -> None:
+    rates = [learning_rate(step, 110, CONFIG) for step in range(110)]
+    assert rates[0] == pytest.approx(2e-4)
+    assert rates[4] == pytest.approx(1e-3)
+    assert rates[9] == rates[10] == pytest.approx(2e-3)
+    assert rates[60] == pytest.approx(2e-3 * (0.1 + 0.9 / 2))
+    assert rates[35] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))
+    assert learning_rate(110, 110, CONFIG) == pytest.approx(2e-4)
+    assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert min(rates) > 0
+
+
+def test_schedule_without_warm_up_and_with_nothing_else() -> None:
+    assert learning_rate(0, 5, OptimSection(lr=1.0, warmup_steps=0)) == 1.0
+    assert [learning_rate(s, 3, OptimSection(lr=1.0, warmup_steps=3)) for s in range(3)] == [1 / 3, 2 / 3, 1.0]
+
+
+def test_weight_decay_groups_by_name() -> None:
+    from model.ropeway import Ropeway
+
+    config = settings.parse([*TINY, "--model.patch_bottleneck=8"])[0]
+    model = Ropeway(config.model, vocabulary_of(make_tokenizer(config.data)))
+    optimizer = adamw(model, config.optim)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [config.optim.weight_decay, 0.0]
+    assert decayed | free == set(names.values())
+    assert not decayed & free
+    matrices = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    expected = {n for n in names.values() if n.startswith("backbone.") and n.split(".")[-2] in matrices}
+    assert len(expected) == 7
+    for layer in ("patch_in", "condition_in", "location_in", "time_in", "time_out", "patch_out"):
+        expected.add(f"diffusion_head.{layer}.weight")
+    expected |= {"diffusion_head.blocks.0.up.weight", "diffusion_head.blocks.0.down.weight"}
+    assert decayed == expected
+    assert {"token_embedding.weight", "text_head.weight", "patch_embedding.0.weight", "patch_embedding.1.weight",
+            "diffusion_head.blocks.0.modulation.weight", "diffusion_head.blocks.0.norm.weight"} <= free  # fmt: skip
+
+
+def test_adamw_against_its_formula() -> None:
+    net = Net()
+    optimizer = adamw(net, CONFIG)
+    weights = {name: p.detach().double().clone() for name, p in net.named_parameters()}
+    m = {name: torch.zeros_like(w) for name, w in weights.items()}
+    v = {name: torch.zeros_like(w) for name, w in weights.items()}
+    random = torch.Generator().manual_seed(1)
+    for step in range(20):
+        rate = learning_rate(step, 20, CONFIG)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for name, p in net.named_parameters():
+            p.grad = torch.randn(p.shape, generator=random) * 10.0 ** (step % 5 - 3)
+            g = p.grad.double()
+            decay = 0.0 if name in ("norm", "token_embedding.weight") else CONFIG.weight_decay
+            m[name] = CONFIG.beta1 * m[name] + (1 - CONFIG.beta1) * g
+            v[name] = CONFIG.beta2 * v[name] + (1 - CONFIG.beta2) * g * g
+            unbiased_m = m[name] / (1 - CONFIG.beta1 ** (step + 1))
+            unbiased_v = v[name] / (1 - CONFIG.beta2 ** (step + 1))
+            weights[name] = weights[name] * (1 - rate * decay) - rate * unbiased_m / (unbiased_v.sqrt() + CONFIG.eps)
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_weight_average_against_its_formula(decay: float) -> None:
+    net = Net()
+    average = WeightAverage(net, decay)
+    expected = {name: p.detach().double().clone() for name, p in net.named_parameters()}
+    random = torch.Generator().manual_seed(1)
+    for step in range(50):
+        for name, p in net.named_parameters():
+            p.data.add_(torch.randn(p.shape, generator=random))
+            used = min(decay, (1 + step) / (10 + step))
+            expected[name] = used * expected[name] + (1 - used) * p.detach().double()
+        average.update(net, step)
+    assert_close(average.weights, expected)
+    if decay == 0:
+        assert_close(average.weights, dict(net.named_parameters()))
+
+
+def test_weight_average_goes_by_name() -> None:
+    """A checkpoint file holds tensors in alphabetical order, the model does not."""
+    net = Net()
+    average, reordered = WeightAverage(net, 0.9), WeightAverage(net, 0.9)
+    reordered.weights = {name: reordered.weights[name] for name in sorted(reordered.weights)}
+    for step in range(3):
+        for p in net.parameters():
+            p.data.add_(1)
+        average.update(net, step)
+        reordered.update(net, step)
+    for name in average.weights:
+        assert torch.equal(average.weights[name], reordered.weights[name])
+
+
+def test_weight_average_is_float32_and_a_copy() -> None:
+    net = Net().bfloat16()
+    average = WeightAverage(net, 0.9)
+    first = average.weights["a"].clone()
+    net.a.data.add_(1)
+    assert torch.equal(average.weights["a"], first)
+    assert average.weights["a"].dtype == torch.float32
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=1e-5, atol=1e-5)
