@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 _NAMES = ("pad", "bos", "eos", "boi", "eoi", "patch")
 
@@ -65,6 +65,21 @@ class Tokenizer:
         inner = tokenizers.Tokenizer(models.BPE(vocab={c: byte for byte, c in enumerate(_byte_alphabet())}, merges=[]))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         inner.decoder = decoders.ByteLevel()
+        return cls.with_specials(inner, max_grid)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, max_grid: int = 64) -> Tokenizer:
+        """Learn a byte-level BPE of at most vocab_size text ids (256 bytes, then merges); lossless on any text.
+
+        The same texts give the same tokenizer.
+        """
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        inner.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        )
         return cls.with_specials(inner, max_grid)
 
     @classmethod

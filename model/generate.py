@@ -83,9 +83,13 @@ class Request:
     """Patch rows and columns of every image; None lets the model choose."""
     max_images: int = 1
     max_text: int = 256
-    """Text tokens at most; with 0 the sample ends after its last image."""
+    """Text tokens at most. A sample ends with <eos>, or when neither text nor images are left."""
     max_patches: int = 1024
     """Patches of an image at most, where the model chooses the grid."""
+
+    def __post_init__(self) -> None:
+        if self.max_images < 0 or self.max_text < 0 or self.max_patches < 1:
+            raise ValueError("a request needs max_images >= 0, max_text >= 0 and max_patches >= 1")
 
 
 @dataclass
@@ -219,8 +223,16 @@ class _Writer:
     def done(self) -> bool:
         return self.phase == "done"
 
+    @property
+    def _text_left(self) -> bool:
+        return self.num_text < self.request.max_text
+
+    @property
+    def _images_left(self) -> bool:
+        return self.num_images < self.request.max_images
+
     def _end_if_spent(self) -> None:
-        if self.phase == "text" and self.num_text >= self.request.max_text:
+        if self.phase == "text" and not self._text_left and not self._images_left:
             self.phase = "done"
 
     def next_forced(self) -> int | str | None:
@@ -236,9 +248,9 @@ class _Writer:
         """Mask (V,) of the tokens that the grammar allows next."""
         v, mask = self.vocabulary, torch.zeros(self.vocabulary.size, dtype=torch.bool)
         if self.phase == "text":
-            mask[: v.pad] = True
+            mask[: v.pad] = self._text_left
             mask[v.eos] = True
-            mask[v.boi] = self.num_images < self.request.max_images
+            mask[v.boi] = self._images_left
         else:
             first, across = (v.first_row, 1) if self.phase == "rows" else (v.first_col, self.rows)
             mask[first : first + max(1, min(v.max_grid, self.request.max_patches // across))] = True

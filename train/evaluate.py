@@ -134,12 +134,16 @@ _DEFAULT_NUM = {"shapes": 540, "digits": 1000, "text": 500}
 
 def frechet_distance(a_NP: np.ndarray, b_NP: np.ndarray) -> float:
     """Frechet distance of the Gaussians fitted to two sets of vectors (the formula of FID, arXiv 1706.08500)."""
-    from scipy.linalg import sqrtm
-
     mean_a, mean_b = a_NP.mean(0), b_NP.mean(0)
     cov_a, cov_b = np.cov(a_NP, rowvar=False), np.cov(b_NP, rowvar=False)
-    cross = sqrtm(cov_a @ cov_b).real
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross))
+
+    def root(covariance: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+    # The trace of the root of cov_a cov_b, without a root of a matrix that may be singular (pixels that never change).
+    cross = np.linalg.svd(root(cov_a) @ root(cov_b), compute_uv=False).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * cross)
 
 
 def seam_energy(pictures: Sequence[np.ndarray] | np.ndarray, patch: int) -> float:

@@ -99,13 +99,15 @@ def make_batch(mixture: Mixture, rows: list[int], seed: int) -> Batch:
 
 def load(rows: StepRows, first: int, last: int, workers: int) -> Iterator[list[Batch]]:
     """Micro-batches of steps first .. last - 1, made ahead of time by worker processes."""
-    return iter(
-        DataLoader(
-            rows,
-            batch_size=None,
-            sampler=range(first, last),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            multiprocessing_context="fork" if workers else None,
-        )
+    loader = DataLoader(
+        rows,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,
     )
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:  # from a worker it brings the worker's traceback along, the message last
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None

@@ -8,6 +8,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.document import Text
+from data.source.shapes import Shapes
 from data.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes(max_grid=8)
@@ -112,3 +114,16 @@ def test_clear_errors(tmp_path) -> None:
             BYTES.decode([id])
     with pytest.raises(ValueError, match="at least 1"):
         Tokenizer.bytes(max_grid=0)
+
+
+def test_committed_tokenizer_of_the_shapes_captions_is_what_training_gives() -> None:
+    """configs/shapes-tokenizer.json can be made again, and every word of the grammar is one token."""
+    source = Shapes(0, "train", 4000, ((48, 48),), 3)
+    documents = [source.document(index, pixels=False) for index in range(len(source))]
+    texts = [segment.text for document in documents for segment in document.segments if isinstance(segment, Text)]
+    committed = Tokenizer.load("configs/shapes-tokenizer.json")
+    assert Tokenizer.train(texts, vocab_size=1000).inner.to_str() == committed.inner.to_str()
+    for text in texts[:200]:
+        assert committed.count(text) == len(text.replace(",", " ,").split())
+        assert committed.decode(committed.encode(text)) == text
+    assert committed.decode(committed.encode("héllo 你好 🙂")) == "héllo 你好 🙂"

@@ -59,3 +59,11 @@ def test_pixels_round_trip() -> None:
     assert (pixels.min(), pixels.max()) == (-1, 1)
     assert torch.equal(to_bytes(pixels), every)
     assert to_bytes(torch.tensor([-5.0, 7.0, 0.0])).tolist() == [0, 255, 128]
+
+
+def test_the_first_slot_of_a_document_is_never_predicted_from_the_document_before() -> None:
+    row = pack([[Words([1])], [Words([2])]], 8)
+    row.learn[:6] = True  # even where a producer of rows marks what cannot be learned
+    text, image = Batch.collate([row], [0]).targets()
+    assert text[0].tolist() == [True, True, False, True, True, False, False, False]
+    assert not image.any()

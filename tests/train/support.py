@@ -66,7 +66,9 @@ def start(folder: Path, module: str, *arguments: object, environment: dict[str, 
     return start_function(folder, _run_module, (module, [str(a) for a in arguments]), environment or {})
 
 
-def start_function(folder: Path, function: Callable[..., None], arguments: tuple, environment: dict[str, str]) -> Command:
+def start_function(
+    folder: Path, function: Callable[..., None], arguments: tuple, environment: dict[str, str]
+) -> Command:
     """Start function(*arguments), a module-level function, in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("*.out")))

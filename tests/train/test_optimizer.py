@@ -1,6 +1,7 @@
 """Schedule, weight-decay groups, AdamW and the weight average against slow float64 references."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ def test_schedule() -> None:
     assert rates[60] == pytest.approx(2e-3 * (0.1 + 0.9 / 2))
     assert rates[35] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))
     assert learning_rate(110, 110, CONFIG) == pytest.approx(2e-4)
-    assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a <= b for a, b in pairwise(rates[:10]))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert min(rates) > 0
 
 

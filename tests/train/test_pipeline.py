@@ -115,6 +115,6 @@ def test_splits_share_no_document() -> None:
 
 
 def test_no_source_is_refused_and_files_have_no_held_out_part() -> None:
-    with pytest.raises(ValueError, match="no data: set data.shapes"):
+    with pytest.raises(ValueError, match=r"no data: set data\.shapes"):
         pipeline.make_sources(DataSection(), "train")
     assert pipeline.make_sources(DataSection(files=[FilesSection("a.jsonl")]), "test") == []
