@@ -99,7 +99,9 @@ def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespac
 
 
 def _describe(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, pictures: list) -> None:
-    captions = generator.captions(pictures, sampling, arguments.seed, arguments.max_text)
+    captions = generator.captions(
+        pictures, sampling, arguments.seed, arguments.max_text, arguments.batch_size, progress=sys.stderr.isatty()
+    )
     for path, caption in zip(arguments.image, captions, strict=True):
         print(f"{path}: {caption}" if len(captions) > 1 else caption)
 

@@ -72,12 +72,17 @@ class Generator:
         return results
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patch rows and columns of a picture. Raises ValueError unless both sides are whole patches."""
+        """Patch rows and columns of a picture. Raises ValueError unless both sides are whole patches, within limits."""
         patch, limit = self.encoder.patch_size, self.tokenizer.max_grid
         if height % patch or width % patch or not 0 < min(height, width) <= max(height, width) <= patch * limit:
             raise ValueError(
                 f"a picture of {height} x {width} pixels cannot be drawn: both sides must be multiples of {patch}, "
                 f"{patch} to {patch * limit}"
+            )
+        if height // patch * (width // patch) > self.encoder.max_patches:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels has more than the {self.encoder.max_patches} patches of "
+                f"{patch} x {patch} that this model was trained on (data.max_patches)"
             )
         return height // patch, width // patch
 
@@ -108,13 +113,13 @@ class Generator:
         return [_pixels(parts[0]) for parts in self(orders, sampling, progress=progress)]
 
     def captions(self, pictures: Sequence[np.ndarray], sampling: Sampling, first_seed: int = 0, max_text: int = 256,
-                 progress: bool = False) -> list[str]:  # fmt: skip
+                 batch_size: int = 64, progress: bool = False) -> list[str]:  # fmt: skip
         """One caption per picture, (height, width, 3) uint8."""
         orders = [
             Order(Document((_image(pixels),)), first_seed + i, max_images=0, max_text=max_text)
             for i, pixels in enumerate(pictures)
         ]
-        made = self(orders, sampling, progress=progress)
+        made = self(orders, sampling, batch_size, progress)
         return ["".join(part.text for part in parts if isinstance(part, Text)) for parts in made]
 
 

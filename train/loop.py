@@ -25,7 +25,8 @@ from train.samples import draw_samples
 
 _MAY_CHANGE = ("run.dir", "run.steps", "run.stop_after", "run.init_from", "run.device", "run.precision", "run.threads",
                "data.workers", "engine", "checkpoint", "eval", "log")  # fmt: skip
-"""Settings that may differ when a run is resumed: they do not change which rows are read or what is computed."""
+"""Settings that may differ when a run is resumed: they do not change which rows are read or what is
+computed, except for run.steps, which stretches the learning-rate schedule of a run that is made longer."""
 
 
 @dataclass
