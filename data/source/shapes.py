@@ -38,7 +38,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES = {"small": 0.11, "medium": 0.165, "large": 0.22}  # radius / shorter side; two large ones fit side by side
+# Radius / shorter side, each a third larger than the one before. Two large ones fit side by side.
+SIZES = {"small": 0.125, "medium": 0.165, "large": 0.22}
 PLACES: dict[str, tuple[float, float]] = {  # center (x, y)
     "at the top left": (0.25, 0.25),
     "at the top": (0.5, 0.25),
