@@ -99,6 +99,8 @@ def train(run: Run, dry_run: bool) -> None:
     if log and not dry_run:
         settings.write(config, run.folder / "config.yaml")
     _announce(run, dry_run)
+    if run.step >= last:
+        logger.info("nothing to do: step %d is done; raise run.steps or run.stop_after to go on", run.step)
     stop = _StopFlag()
     meter = _Meter()
     batches = pipeline.load(run.rows, run.step, last, 0 if dry_run else config.data.workers)
@@ -133,10 +135,10 @@ def train(run: Run, dry_run: bool) -> None:
             meter = _Meter()
         if log:
             log.bar.update()
-        if not dry_run and config.eval.every and (run.step % config.eval.every == 0 or run.step == config.run.steps):
-            evaluate(run, log)
         if not dry_run and (run.step % config.checkpoint.every == 0 or ends):
             save(run)
+        if not dry_run and config.eval.every and (run.step % config.eval.every == 0 or run.step == config.run.steps):
+            evaluate(run, log)
         if stopping:
             logger.info("stopped by a signal after step %d; start the same command to go on", run.step)
             break
