@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from train.log import cpu_name
+
 Row = dict[str, str | int | float | bool | None]
 """One measurement: flat, with the unit in the name of every key that has one."""
 
@@ -42,13 +44,8 @@ def hardware(device: torch.device) -> str:
     """The GPU's name, or the processor's and how many of its cores this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        model = found[1] if found else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{cpu_name()}, {cores} cores"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

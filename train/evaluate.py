@@ -21,10 +21,11 @@ from data.source import digits as digits_source
 from data.source import shapes_oracle
 from data.source.shapes import Shapes, held_out_captions
 from data.source.stdlib import StandardLibrary
+from model.batch import Batch
 from model.diffusion.guidance import Guidance
 from model.generate import Sampling
 from model.text_head import bits_per_byte
-from train import checkpoint, pipeline, settings
+from train import checkpoint, settings
 from train.config import Config, ShapesSection
 from train.generator import Generator
 from train.log import environment
@@ -120,7 +121,7 @@ def text(task: Task) -> Scores:
     device = model.token_embedding.weight.device
     encoded = [task.generator.encoder.encode(source.document(i)) for i in range(count)]
     for columns in encoded:
-        batch = pipeline.Batch.collate([columns], [0]).to(device)
+        batch = Batch.collate([columns], [0]).to(device)
         nats += model(batch).text.item()
     segments = [segment for i in range(count) for segment in source.document(i, pixels=False).segments]
     size = sum(len(segment.text.encode()) for segment in segments if isinstance(segment, Text))

@@ -167,7 +167,7 @@ def evaluate(run: Run, log: Log | None) -> None:
             values = _held_out_losses(run, run.held_out)
         if log:
             if config_samples := run.config.eval.samples:
-                generator = Generator(run.engine.model, run.tokenizer, run.encoder)
+                generator = Generator(run.engine.model, run.tokenizer, run.encoder, run.engine.bf16)
                 draw_samples(generator, run.held_out or run.rows.mixture, config_samples, run.config.eval,
                              run.folder / "samples", run.step)  # fmt: skip
             if values:

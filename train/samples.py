@@ -6,7 +6,6 @@ import numpy as np
 from PIL import Image as Picture
 
 from data.document import Document, Image, Text
-from data.image import fit_grid
 from data.mixture import Mixture
 from model.diffusion.guidance import Guidance
 from model.generate import Sampling
@@ -22,7 +21,9 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
     lines = []
     to_draw = [pair for pair in map(text_then_image, documents) if pair][:count]
     if to_draw:
-        sizes = [_drawn_size(generator, image) for _, image in to_draw]
+        patch = generator.encoder.patch_size
+        grids = [generator.encoder.grid(image.height, image.width) for _, image in to_draw]
+        sizes = [(rows * patch, cols * patch) for rows, cols in grids]
         sampling = Sampling(guidance=Guidance(config.guidance), steps=config.sampler_steps)
         pictures = generator.pictures([text.text for text, _ in to_draw], sizes, sampling)
         real = [image.pixels for _, image in to_draw if image.pixels is not None]
@@ -37,7 +38,7 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
         (folder / f"step-{step:08d}.txt").write_text("\n".join(lines) + "\n")
 
 
-def save_grid(pictures: list[np.ndarray], columns: int, path: Path, gap: int = 2, **metadata: str) -> None:
+def save_grid(pictures: list[np.ndarray], columns: int, path: Path, gap: int = 2) -> None:
     """Write pictures, (height, width, 3) uint8 of any sizes, as one PNG of `columns` columns on white."""
     height = max(picture.shape[0] for picture in pictures) + gap
     width = max(picture.shape[1] for picture in pictures) + gap
@@ -49,7 +50,7 @@ def save_grid(pictures: list[np.ndarray], columns: int, path: Path, gap: int = 2
     # Nearest-neighbour enlargement: small pictures must be seen as they are.
     factor = max(1, 512 // max(height, width) // 4)
     sheet = sheet.repeat(factor, 0).repeat(factor, 1)
-    save_png(sheet, path, **metadata)
+    save_png(sheet, path)
 
 
 def save_png(pixels: np.ndarray, path: Path, **metadata: str) -> None:
@@ -62,13 +63,6 @@ def save_png(pixels: np.ndarray, path: Path, **metadata: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     Picture.fromarray(pixels).save(partial, format="PNG", pnginfo=info)
     partial.replace(path)
-
-
-def _drawn_size(generator: Generator, image: Image) -> tuple[int, int]:
-    encoder = generator.encoder
-    rows, cols = fit_grid(image.height, image.width, encoder.patch_size, encoder.min_patches, encoder.max_patches,
-                          generator.tokenizer.max_grid)  # fmt: skip
-    return rows * encoder.patch_size, cols * encoder.patch_size
 
 
 def text_then_image(document: Document) -> tuple[Text, Image] | None:
