@@ -182,14 +182,16 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, edge: floa
 
 @cache
 def _arrangements(relations: tuple[str, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All ways to put the objects into the picture's four quarters (column, row) such that every relation is true."""
+    """All ways to put the objects into the picture's four quarters (column, row) such that every relation is true, and
+    true directly: above means straight above, unless a later relation finds that place taken."""
     quarters = list(itertools.product((0, 1), (0, 1)))
-    found = []
+    found: dict[tuple[bool, ...], list] = {}
     for cells in itertools.permutations(quarters, len(relations) + 1):
         steps = [(a[0] - b[0], a[1] - b[1]) for a, b in itertools.pairwise(cells)]
-        if all(dx * RELATIONS[r][0] + dy * RELATIONS[r][1] == 1 for (dx, dy), r in zip(steps, relations, strict=True)):
-            found.append(cells)
-    return tuple(found)
+        wanted = [RELATIONS[relation] for relation in relations]
+        if all(dx * x + dy * y == 1 for (dx, dy), (x, y) in zip(steps, wanted, strict=True)):
+            found.setdefault(tuple(step == want for step, want in zip(steps, wanted, strict=True)), []).append(cells)
+    return tuple(found[max(found)])
 
 
 def _centers(scene: Scene, radii: np.ndarray, extent: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -100,6 +100,17 @@ def test_scene_refuses_contradictions() -> None:
         Scene((red, blue, Thing("black", "ring", "large")), relations=("above", "above"))
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_objects_stand_straight_above_or_beside_each_other(relation: str) -> None:
+    scene = parse_caption(f"a small red circle {relation} a small blue square")
+    for seed in range(8):
+        first, second = sorted(read(render(scene, 48, 48, np.random.default_rng(seed))), key=lambda f: f.color != "red")
+        horizontal = RELATIONS[relation][0] != 0
+        across = abs(first.y - second.y) if horizontal else abs(first.x - second.x)
+        along = abs(first.x - second.x) if horizontal else abs(first.y - second.y)
+        assert across < 0.3 < along + 0.1  # the same half of the picture
+
+
 # --- the split ---
 
 
