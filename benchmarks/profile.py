@@ -11,9 +11,10 @@ from data.source.shapes import held_out_captions
 from model.diffusion.guidance import Guidance
 from model.generate import Sampling
 from train import pipeline, settings
-from train.engine import Counts, TorchEngine, pick_device
+from train.engine import Counts, TorchEngine
 from train.generator import Generator, build_model
 from train.optimizer import WeightAverage
+from train.ranks import Ranks
 
 _TOP = 12
 
@@ -36,9 +37,9 @@ def run(
     encoder = pipeline.make_encoder(settled, tokenizer)
     model = build_model(settled, tokenizer)
     model.initialise(settled.run.seed)
-    device = pick_device(settled.run.device)
-    engine = TorchEngine(model, settled, device)
-    average = WeightAverage(model, settled.optim.ema_decay)
+    ranks = Ranks(settled)
+    engine = TorchEngine(model, settled, ranks)
+    average = WeightAverage(engine.parts(), settled.optim.ema_decay)
     rows = pipeline.StepRows(pipeline.make_mixture(settled, encoder, "train"), settled, 0, 1)
     phases: dict[str, float] = dict.fromkeys(("make rows", "forward and backward", "clip and AdamW", "average"), 0.0)
 
@@ -52,14 +53,14 @@ def run(
         marks.append(time.perf_counter())
         engine.step(settled.optim.lr)
         marks.append(time.perf_counter())
-        average.update(model, number)
+        average.update(engine.parts(), number)
         marks.append(time.perf_counter())
         for name, begin, end in zip(phases, marks, marks[1:], strict=False):
             phases[name] += end - begin
 
     step(0)
     phases = dict.fromkeys(phases, 0.0)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
     with profile(activities=activities) as training:
         for number in range(1, steps + 1):
             step(number)
@@ -85,7 +86,7 @@ def run(
         *_operators(f"operators of drawing {len(captions)} pictures", drawing, 1),
     ]
     notes = f"Model and rows of `{config}`, {torch.get_num_threads()} thread(s), {'bf16' if engine.bf16 else 'fp32'}."
-    return Result("profile", [*measured, *operators], [*measured, *operators], notes, _plot(operators), device)
+    return Result("profile", [*measured, *operators], [*measured, *operators], notes, _plot(operators), ranks.device)
 
 
 def _operators(part: str, profiled: profile, times: int) -> list[Row]:

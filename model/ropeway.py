@@ -1,5 +1,7 @@
 """The whole model: embeddings, positions, backbone, text head and diffusion head."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from model.positions import LAYOUTS, Grid
 from model.rope import Rotation, frequencies, rotation
 from model.text_head import TextHead
 from model.transformer import Backbone
+
+Writable = Callable[[Tensor], AbstractContextManager]
 
 
 class Losses(NamedTuple):
@@ -44,27 +48,43 @@ class Ropeway(nn.Module):
         self.diffusion_head = DiffusionHead(config)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, writable: Writable = nullcontext) -> None:
         """Fill every parameter from a seed. Matrices N(0, 1/fan_in) with the ones that write to the residual stream
-        divided by sqrt(2 * layers) (GPT-2); embeddings N(0, 0.02); norms 1. The diffusion head has its own rule."""
+        divided by sqrt(2 * layers) (GPT-2); embeddings N(0, 0.02); norms 1. The diffusion head has its own rule.
+
+        writable(parameter): within it the parameter may be written (ZeRO-3 holds a part of each one only).
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, parameter in self.backbone.named_parameters():
-                if parameter.dim() < 2:
-                    nn.init.ones_(parameter)
-                    continue
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                depth = 2 * self.config.num_layers if writes else 1
-                nn.init.normal_(parameter, std=(parameter.shape[1] * depth) ** -0.5)
-            for module in self.patch_embedding.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-            nn.init.normal_(self.token_embedding.weight, std=0.02)
+                with writable(parameter):
+                    if parameter.dim() < 2:
+                        nn.init.ones_(parameter)
+                        continue
+                    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    depth = 2 * self.config.num_layers if writes else 1
+                    nn.init.normal_(parameter, std=(parameter.shape[1] * depth) ** -0.5)
+            for parameter in self.patch_embedding.parameters():
+                with writable(parameter):
+                    if parameter.dim() < 2:
+                        nn.init.zeros_(parameter)
+                    else:
+                        nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            with writable(self.token_embedding.weight):
+                nn.init.normal_(self.token_embedding.weight, std=0.02)
             if self.config.output_embedding == "untied":
-                nn.init.normal_(self.text_head.weight, std=0.02)
-            self.diffusion_head.initialise()
+                with writable(self.text_head.weight):
+                    nn.init.normal_(self.text_head.weight, std=0.02)
+            self.diffusion_head.initialise(writable)
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of blocks while training, and compute the rest again in the backward pass."""
+        self.backbone.recompute = self.diffusion_head.recompute = True
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block of the backbone and of the diffusion head."""
+        for block in (*self.backbone.layers, *self.diffusion_head.blocks):
+            block.compile()
 
     def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor) -> Tensor:
         """Token embeddings, with clean patches (in [-1, 1]) put into their slots in order. Returns (B, S, D)."""
@@ -89,7 +109,7 @@ class Ropeway(nn.Module):
         hidden_XD = self.hidden(batch).flatten(0, 1)
         text_BS, image_BS = batch.targets()
         text_slot, image_slot = (mask.flatten().nonzero()[:, 0] for mask in (text_BS, image_BS))
-        text_N = self.text_head.loss(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
+        text_N = self.text_head(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
 
         head, target = self.config.head, image_slot + 1
         patch_ordinal = (batch.rows_BS > 0).flatten().cumsum(0) - 1

@@ -26,7 +26,7 @@ class TextHead(nn.Module):
             hidden_ND = torch.cat(hidden_ND.chunk(2, dim=-1)[::-1], dim=-1)
         return F.linear(hidden_ND, self.weight).float()
 
-    def loss(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    def forward(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         """Cross-entropy of every target in nats, (N,) float32; logits are made and recomputed chunk by chunk."""
 
         def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:

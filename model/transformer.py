@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import KINDS
 from model.config import ModelConfig
@@ -70,11 +71,19 @@ class Backbone(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.recompute = False
 
     def forward(self, x_BSD: Tensor, angles: Rotation, documents: object) -> Tensor:
         """Whole rows, each slot sees the past of its document."""
+
+        def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return kind(q, k, v, angles, documents)
+
         for layer in self.layers:
-            x_BSD = layer(x_BSD, lambda kind, q, k, v: kind(q, k, v, angles, documents))
+            if self.recompute:
+                x_BSD = checkpoint(layer, x_BSD, attend, use_reentrant=False)
+            else:
+                x_BSD = layer(x_BSD, attend)
         return self.norm(x_BSD)
 
     def prefill(self, x_BSD: Tensor, angles: Rotation, documents: object, capacity: int) -> tuple[Tensor, list]:

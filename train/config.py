@@ -1,7 +1,7 @@
 """The typed configuration of a run. YAML files and `--section.key value` are read into it by jsonargparse."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from model.config import ModelConfig
 
@@ -126,7 +126,9 @@ class OptimSection:
     image_weight: float = 1.0
     """Weight of the image loss (velocity error per patch)."""
     max_skipped: int = 10
-    """Stop after this many non-finite steps in a row."""
+    """Stop after this many non-finite steps in a row, with the rows of the last one saved in run.dir/non_finite."""
+    spike: float = 2.0
+    """Warn when the loss of a step exceeds its mean over the last steps this many times."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -135,16 +137,40 @@ class OptimSection:
             raise ValueError("optim.beta1, optim.beta2 and optim.ema_decay must lie in 0 <= x < 1")
         if not self.clip > 0:
             raise ValueError(f"optim.clip is {self.clip}; it must be positive")
+        if not self.spike > 1:
+            raise ValueError(f"optim.spike is {self.spike}; it must be above 1")
 
 
 @dataclass(frozen=True)
 class EngineSection:
     """How a step is computed."""
 
-    backend: Literal["torch"] = "torch"
-    """torch: one process, or DistributedDataParallel under torchrun."""
+    backend: Literal["torch", "deepspeed"] = "torch"
+    """torch: one process, or DistributedDataParallel under torchrun. deepspeed: DeepSpeed ZeRO, any launcher."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """deepspeed: what is divided among the ranks. 1: optimizer state; 2: gradients too; 3: weights too; 0: nothing."""
+    offload: bool = False
+    """deepspeed, stages 1 to 3: keep the optimizer state in the host's memory and update the weights there."""
     micro_batches: int = 1
     """Parts that each rank's rows of a step are computed in, to save memory. The numbers stay the same."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile each block (not with zero_stage 3)."""
+    timeout: int = 600
+    """Seconds that ranks wait for each other before the job ends with an error."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Keys of DeepSpeed's own JSON, merged over what is derived from this configuration."""
+
+    def __post_init__(self) -> None:
+        if self.backend == "torch" and (self.offload or self.deepspeed):
+            name = "engine.offload" if self.offload else "engine.deepspeed"
+            raise ValueError(f"{name} needs engine.backend deepspeed")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("engine.offload needs engine.zero_stage 1, 2 or 3: stage 0 divides nothing")
+        if self.compile and self.backend == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("engine.compile does not work with engine.zero_stage 3, which gathers weights in between; "
+                             "use stage 2, or switch engine.compile off")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,7 +180,11 @@ class CheckpointSection:
     every: int = 500
     """Steps between checkpoints."""
     keep_last: int = 2
-    """Checkpoints that stay."""
+    """Newest checkpoints that stay."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps stay for good."""
+    background: bool = False
+    """Write while training goes on; rank 0 holds a copy of the whole state in the host's memory meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +237,10 @@ class Config:
             ("data.workers", data.workers, 0),
             ("optim.warmup_steps", self.optim.warmup_steps, 0),
             ("engine.micro_batches", self.engine.micro_batches, 1),
+            ("engine.timeout", self.engine.timeout, 1),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep_last", self.checkpoint.keep_last, 1),
+            ("checkpoint.keep_every", 1 if self.checkpoint.keep_every is None else self.checkpoint.keep_every, 1),
             ("eval.every", self.eval.every, 0),
             ("eval.samples", self.eval.samples, 0),
             ("eval.sampler_steps", self.eval.sampler_steps, 1),

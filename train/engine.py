@@ -5,20 +5,22 @@ same gradient comes out for any number of processes and any split into micro-bat
 """
 
 import contextlib
-import os
-from collections.abc import Iterator
-from datetime import timedelta
+import gc
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from data.tokenizer import Tokenizer
 from model.batch import Batch
 from model.ropeway import Losses, Ropeway
 from train.config import Config, OptimSection
-from train.optimizer import adamw
+from train.generator import build_model, load_weights
+from train.optimizer import MOMENTS, adamw
+from train.precision import autocast, uses_bf16
+from train.ranks import Ranks
 
 
 class Counts(NamedTuple):
@@ -31,95 +33,76 @@ class Counts(NamedTuple):
 class Engine(Protocol):
     """What the loop needs of a backend."""
 
-    rank: int
-    world: int
-    device: torch.device
+    ranks: Ranks
     model: Ropeway
     bf16: bool
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision of forward passes."""
-        ...
-
-    def total(self, values: list[float]) -> list[float]:
-        """Sums over all ranks."""
-        ...
+    shapes: dict[str, torch.Size]
+    """Of every parameter."""
 
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:
         """Forward and backward of one micro-batch; counts are those of the whole step over all ranks."""
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, update unless the gradient is not finite, and clear the gradient. Returns its global norm."""
+        """Clip, update unless the gradient is not finite, and clear the gradient. Returns its global norm; inf or nan
+        where nothing was updated. All ranks get the same."""
         ...
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments by kind, then parameter name; with `step` as a scalar of every parameter."""
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's numbers of every float32 weight, as `Ranks.part` divides them."""
         ...
 
-    def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None: ...
+    def moments(self) -> dict[str, Mapping[str, Tensor]]:
+        """Whole AdamW moments in float32, by kind and parameter. A value is made by all ranks together."""
+        ...
 
-    def barrier(self) -> None: ...
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
+        """Go on with these moments, after `updates` steps of AdamW."""
+        ...
 
-    def close(self) -> None: ...
-
-
-def bf16_units(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware. On other CPUs bfloat16 is many times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = torch.cpu.get_capabilities()
-    return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
+    def close(self) -> None:
+        """Let go of what belongs to the process group, before it is left."""
+        ...
 
 
-def pick_device(name: str) -> torch.device:
-    """cpu, cuda or auto. Raises ValueError for cuda without a GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is cuda, but PyTorch finds no GPU; use cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+def make_engine(config: Config, tokenizer: Tokenizer, ranks: Ranks, fill: Callable[..., None]) -> Engine:
+    """The engine of the configuration around a new model.
+
+    fill(model, writable) gives the model its weights; it writes a parameter within writable(parameter) only.
+    Raises ValueError where DeepSpeed is asked for but not installed, or asked for something that it cannot do.
+    """
+    if config.engine.backend == "torch":
+        model = build_model(config, tokenizer)
+        fill(model, contextlib.nullcontext)
+        return TorchEngine(model, config, ranks)
+    try:
+        from train.deepspeed_engine import DeepSpeedEngine
+    except ImportError as error:
+        raise ValueError(f"engine.backend deepspeed needs DeepSpeed ({error}); "
+                         "install it with pip install -e '.[deepspeed]'") from None  # fmt: skip
+    return DeepSpeedEngine(config, tokenizer, ranks, fill)
 
 
 class TorchEngine:
-    """One process, or one of several under torchrun (gloo on CPU, NCCL on GPU)."""
+    """One process, or one of several under torchrun."""
 
-    def __init__(self, model: Ropeway, config: Config, device: torch.device) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device, self.optim = device, config.optim
-        precision = config.run.precision
-        self.bf16 = bf16_units(device) if precision == "auto" else precision == "bf16"
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        self.model = model.to(device)
+    def __init__(self, model: Ropeway, config: Config, ranks: Ranks) -> None:
+        self.ranks, self.optim, self.bf16 = ranks, config.optim, uses_bf16(config.run.precision, ranks.device)
+        self.model = model.to(ranks.device)
+        prepare(self.model, config)
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.parallel: DistributedDataParallel | None = None
-        if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        if ranks.world > 1:
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizer = adamw(self.model, self.optim)
 
-    def total(self, values: list[float]) -> list[float]:
-        if self.world == 1:
-            return values
-        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(summed)
-        return summed.tolist()
-
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:
-        with self._synchronised(is_last):
-            with self.autocast():
-                losses = (self.parallel or self.model)(batch.to(self.device))
-            # DistributedDataParallel averages over ranks; the counts already cover all of them.
-            (self.world * objective(losses, counts, self.optim)).backward()
-        return Losses(losses.text.detach(), losses.image.detach())
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    @contextlib.contextmanager
-    def _synchronised(self, is_last: bool) -> Iterator[None]:
         with self.parallel.no_sync() if self.parallel and not is_last else contextlib.nullcontext():
-            yield
+            with autocast(self.ranks.device, self.bf16):
+                losses = (self.parallel or self.model)(batch.to(self.ranks.device))
+            # DistributedDataParallel averages over ranks; the counts already cover all of them.
+            (self.ranks.world * objective(losses, counts, self.optim)).backward()
+        return Losses(losses.text.detach(), losses.image.detach())
 
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip, foreach=True).item()
@@ -131,28 +114,62 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        state: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            for kind, value in self.optimizer.state[parameter].items():
-                state.setdefault(kind, {})[name] = value
-        return state
+    def parts(self) -> dict[str, Tensor]:
+        return {name: self.ranks.part(p.detach()) for name, p in self.model.named_parameters()}
 
-    def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        for name, parameter in self.model.named_parameters():
-            # The step counter stays where fused AdamW keeps it: on the parameter's device, float32.
-            self.optimizer.state[parameter] = {kind: values[name].to(self.device) for kind, values in state.items()}
+    def moments(self) -> dict[str, Mapping[str, Tensor]]:
+        return whole_moments(self.model, self.optimizer)
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
+        load_whole_moments(self.model, self.optimizer, moments, updates)
 
     def close(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
+        # If DistributedDataParallel were the last to hold the process group, freeing it could deadlock: it then waits
+        # for the group's threads with Python's lock in its hands.
+        self.parallel = None
+        gc.collect()
+
+
+def prepare(model: Ropeway, config: Config) -> None:
+    """The options that change how blocks are computed, but not what."""
+    if config.engine.activation_checkpointing:
+        model.recompute_activations()
+    if config.engine.compile:
+        model.compile_blocks()
 
 
 def objective(losses: Losses, counts: Counts, optim: OptimSection) -> Tensor:
     """Weighted sum of the two losses, each divided by its global count."""
     text = optim.text_weight / max(counts.text, 1) * losses.text
     return text + optim.image_weight / max(counts.image, 1) * losses.image
+
+
+def whole_moments(model: Ropeway, optimizer: torch.optim.AdamW) -> dict[str, Mapping[str, Tensor]]:
+    """Moments of an AdamW that holds them whole; zeros before its first step."""
+    state = optimizer.state
+    return {
+        kind: {name: state[p].get(kind, torch.zeros_like(p)) for name, p in model.named_parameters()}
+        for kind in MOMENTS
+    }
+
+
+def load_whole_moments(
+    model: Ropeway, optimizer: torch.optim.AdamW, moments: Mapping[str, Mapping[str, Tensor]], updates: int
+) -> None:
+    """The reverse of `whole_moments`."""
+    for name, p in model.named_parameters():
+        values = {kind: moments[kind][name].to(p.device, copy=True) for kind in MOMENTS}
+        # The step counter stays where fused AdamW keeps it: on the parameter's device, float32.
+        optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **values}
+
+
+def fill_from(seed: int, weights: Mapping[str, Tensor] | None, where: str) -> Callable[..., None]:
+    """What `make_engine` fills a model with: weights by name, or new ones from a seed."""
+
+    def fill(model: Ropeway, writable: Callable[[Tensor], contextlib.AbstractContextManager]) -> None:
+        if weights is None:
+            model.initialise(seed, writable)
+        else:
+            load_weights(model, weights, where, writable)
+
+    return fill

@@ -1,6 +1,7 @@
 """From a trained model to pictures and text: the one path of training samples, evaluation, command line and demo."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,9 @@ from model.generate import GeneratedText, Prompt, Request, Sampling, generate
 from model.ropeway import Ropeway
 from train import checkpoint
 from train.config import Config
-from train.engine import bf16_units, pick_device
 from train.pipeline import make_encoder, vocabulary_of
+from train.precision import autocast, bf16_units
+from train.ranks import pick_device
 
 Segment = Text | Image
 
@@ -51,8 +53,8 @@ class Generator:
         config = checkpoint.read_config(folder)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         model = build_model(config, tokenizer)
-        name = "ema.safetensors" if weights == "ema" else "model.safetensors"
-        load_weights(model, checkpoint.read_weights(folder / name), str(folder / name))
+        stem = folder / ("ema" if weights == "ema" else "model")
+        load_weights(model, checkpoint.Weights(stem), str(stem))
         chosen = pick_device(device)
         return cls(model.to(chosen).eval(), tokenizer, make_encoder(config, tokenizer), bf16_units(chosen))
 
@@ -64,9 +66,9 @@ class Generator:
         """
         requests = [self._request(order) for order in orders]
         results: list[tuple[Segment, ...]] = []
-        device = self.model.token_embedding.weight.device.type
+        device = self.model.token_embedding.weight.device
         for start in tqdm(range(0, len(requests), batch_size), disable=not progress, unit="batch"):
-            with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            with autocast(device, self.bf16):
                 made = generate(self.model, requests[start : start + batch_size], sampling, progress=progress)
             results += [tuple(self._segment(part) for part in parts) for parts in made]
         return results
@@ -131,19 +133,23 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Ropeway:
 
 
 @torch.no_grad()
-def load_weights(model: Ropeway, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Copy weights by name. Raises ValueError naming what is missing, unexpected or of another shape."""
+def load_weights(model: Ropeway, weights: Mapping[str, torch.Tensor], where: str,
+                 writable: Callable[[torch.Tensor], AbstractContextManager] = nullcontext) -> None:  # fmt: skip
+    """Copy weights by name, each within writable(parameter). Raises ValueError naming what is missing, unexpected or of
+    another shape."""
     own = dict(model.named_parameters())
-    wrong = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
     for problem, names in (
         ("misses", sorted(own.keys() - weights.keys())),
         ("holds unexpected", sorted(weights.keys() - own.keys())),
-        ("holds other shapes of", wrong),
     ):
         if names:
             raise ValueError(f"{where} {problem} {', '.join(names[:5])} ({len(names)} in all)")
     for name, parameter in own.items():
-        parameter.copy_(weights[name])
+        weight = weights[name]
+        with writable(parameter):
+            if parameter.shape != weight.shape:
+                raise ValueError(f"{where} holds {name} in shape {tuple(weight.shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(weight)
 
 
 def _image(pixels: np.ndarray) -> Image:

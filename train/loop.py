@@ -1,26 +1,30 @@
 """The training loop, top to bottom: set up, resume, and one optimizer step after the other."""
 
+import json
+import shutil
 import signal
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from data.encode import Encoder
 from data.mixture import Mixture
 from data.tokenizer import Tokenizer
-from model.batch import Batch
-from model.ropeway import Losses, Ropeway
+from model.ropeway import Ropeway
 from train import checkpoint, pipeline, settings
 from train.config import Config
-from train.engine import Counts, Engine, TorchEngine, pick_device
+from train.engine import Counts, Engine, fill_from, make_engine
 from train.generator import Generator, build_model, load_weights
 from train.log import Log, environment, logger
+from train.meter import Meter, Spikes, line
 from train.optimizer import WeightAverage, learning_rate
+from train.precision import autocast
+from train.ranks import Joined, Ranks
 from train.samples import draw_samples
 
 _MAY_CHANGE = ("run.dir", "run.steps", "run.stop_after", "run.init_from", "run.device", "run.precision", "run.threads",
@@ -34,11 +38,13 @@ class Run:
     """Everything that the loop works on."""
 
     config: Config
+    ranks: Ranks
     engine: Engine
     encoder: Encoder
     rows: pipeline.StepRows
     held_out: Mixture | None
     average: WeightAverage
+    saver: checkpoint.Saver
     step: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
@@ -48,18 +54,29 @@ class Run:
         return Path(self.config.run.dir)
 
     @property
+    def stop_file(self) -> Path:
+        return self.folder / "stop"
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.encoder.tokenizer
+
+    def state(self) -> checkpoint.Checkpoint:
+        """What a checkpoint holds. Its tensors are made by all ranks together."""
+        weights, average = (Joined(self.ranks, parts, self.engine.shapes)
+                            for parts in (self.engine.parts(), self.average.parts))  # fmt: skip
+        return checkpoint.Checkpoint(self.config, self.step, weights, average, self.engine.moments(), self.skipped)
 
 
 def set_up(config: Config) -> Run:
     """Check everything and build it, resuming a run found in run.dir. Raises ValueError or OSError for wrong input."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = pick_device(config.run.device)
-    if Path(config.run.dir).is_file():
-        raise ValueError(f"run.dir {config.run.dir} is a file; choose a folder")
-    found = checkpoint.load_newest(Path(config.run.dir), lambda message: logger.warning("warning: %s", message))
+    ranks = Ranks(config)
+    folder = Path(config.run.dir)
+    if folder.is_file():
+        raise ValueError(f"run.dir {folder} is a file; choose a folder")
+    found = _find(folder, ranks)
     if found:
         _refuse_other_settings(config, found.config)
     tokenizer = pipeline.make_tokenizer(config.data)
@@ -70,30 +87,41 @@ def set_up(config: Config) -> Run:
     if config.data.files:
         mixture.measure()  # A document that is broken or does not fit stops the run here, not later in a worker.
     mixture.plan.row((found.step if found else 0) * config.data.rows_per_step)  # Workers inherit what this counts.
-    model = build_model(config, tokenizer)
-    model.initialise(config.run.seed)
-    if found:
-        load_weights(model, found.model, f"step {found.step} of {config.run.dir}")
-    elif config.run.init_from:
-        folder = checkpoint.resolve(config.run.init_from)
-        load_weights(model, checkpoint.read_weights(folder / "model.safetensors"), str(folder))
-    engine = TorchEngine(model, config, device)
-    rows = pipeline.StepRows(mixture, config, engine.rank, engine.world)
-    run = Run(config, engine, encoder, rows, held_out, WeightAverage(model, config.optim.ema_decay))
+    rows = pipeline.StepRows(mixture, config, ranks.rank, ranks.world)
+    weights, where = (found.model, f"step {found.step} of {folder}") if found else (None, "")
+    if not found and config.run.init_from:
+        start = checkpoint.resolve(config.run.init_from)
+        weights, where = checkpoint.Weights(start / "model"), str(start)
+    engine = make_engine(config, tokenizer, ranks, fill_from(config.run.seed, weights, where))
+    average = WeightAverage(engine.parts(), config.optim.ema_decay)
+    saver = checkpoint.Saver(folder, tokenizer, config.checkpoint, writes=ranks.rank == 0)
+    run = Run(config, ranks, engine, encoder, rows, held_out, average, saver)
     if found:
         run.step, run.skipped = found.step, found.skipped
-        run.average.weights = {name: weight.to(device) for name, weight in found.ema.items()}
-        engine.load_optimizer_state(found.optimizer)
+        for name, part in average.parts.items():
+            own = ranks.part(found.ema[name])
+            part[: len(own)] = own
+        engine.load_moments(found.optimizer, updates=found.step - found.skipped)
     return run
 
 
+def _find(folder: Path, ranks: Ranks) -> checkpoint.Checkpoint | None:
+    """The newest sound checkpoint, chosen and checked by rank 0."""
+    newest = None
+    if ranks.rank == 0:
+        newest = checkpoint.newest(folder, lambda message: logger.warning("warning: %s", message))
+    step = ranks.from_first(newest.step if newest else -1)
+    return newest if newest or step < 0 else checkpoint.load(checkpoint.step_folder(folder, step), check=False)
+
+
 def train(run: Run, dry_run: bool) -> None:
-    """Train from run.step to run.steps (or run.stop_after, or a signal), with checkpoints, metrics and samples."""
-    config, engine = run.config, run.engine
+    """Train from run.step to run.steps (or run.stop_after, a signal or a stop file), with checkpoints, metrics and
+    samples. Raises OSError if a checkpoint cannot be written, ValueError if training cannot go on."""
+    config, engine, ranks = run.config, run.engine, run.ranks
     last = run.step + 1 if dry_run else min(config.run.steps, config.run.stop_after or config.run.steps)
     log = (
         Log(None if dry_run else run.folder, run.step, config.run.steps, config.log.tensorboard)
-        if engine.rank == 0
+        if ranks.rank == 0
         else None
     )
     if log and not dry_run:
@@ -102,142 +130,117 @@ def train(run: Run, dry_run: bool) -> None:
     if run.step >= last:
         logger.info("nothing to do: step %d is done; raise run.steps or run.stop_after to go on", run.step)
     stop = _StopFlag()
-    meter = _Meter()
-    batches = pipeline.load(run.rows, run.step, last, 0 if dry_run else config.data.workers)
-    while run.step < last:
-        # ---- data ----------------------------------------------------------------------------------------------
-        began = time.perf_counter()
-        micro_batches = next(batches)
-        waited = time.perf_counter() - began
+    meter, spikes = Meter(), Spikes(config)
+    sums = [0.0, 0.0]
+    with closing(pipeline.load(run.rows, run.step, last, 0 if dry_run else config.data.workers)) as batches:
+        while run.step < last:
+            # ---- data ----------------------------------------------------------------------------------------------
+            began = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - began
 
-        # ---- forward, backward, update -------------------------------------------------------------------------
-        local = [batch.counts() for batch in micro_batches]
-        text, image, stopping = engine.total([float(sum(c)) for c in zip(*local, strict=True)] + [float(stop.raised)])
-        counts = Counts(int(text), int(image))
-        for i, batch in enumerate(micro_batches):
-            losses = engine.micro_step(batch, counts, is_last=i == len(micro_batches) - 1)
-            meter.add(batch, losses, config, run.tokenizer.vocab_size)
-        rate = learning_rate(run.step, config.run.steps, config.optim)
-        norm = engine.step(rate)
-        _count_skipped(run, norm)
-        if norm < float("inf"):
-            run.average.update(engine.model, run.step)
-        run.step += 1
+            # ---- forward, backward, update -------------------------------------------------------------------------
+            local = [batch.counts() for batch in micro_batches]
+            asked = stop.raised or (ranks.rank == 0 and run.stop_file.exists())
+            text, image, stopping, *last_sums = ranks.total(
+                [float(sum(c)) for c in zip(*local, strict=True)] + [float(asked), *sums]
+            )
+            spikes.look(run.step, last_sums)  # The losses of the step before: no rank has to wait for this step's.
+            counts = Counts(int(text), int(image))
+            done = [engine.micro_step(batch, counts, is_last=batch is micro_batches[-1]) for batch in micro_batches]
+            rate = learning_rate(run.step, config.run.steps, config.optim)
+            norm = engine.step(rate)
+            # Not before: reading a number off a GPU waits for it.
+            sums = [0.0, 0.0]
+            for batch, losses in zip(micro_batches, done, strict=True):
+                meter.add(batch, losses, config, run.tokenizer.vocab_size)
+                sums[0] += losses.text.item() / max(counts.text, 1)
+                sums[1] += losses.image.item() / max(counts.image, 1)
+            if norm < float("inf"):
+                run.average.update(engine.parts(), run.step)
+            _count_skipped(run, norm)
+            run.step += 1
 
-        # ---- log, evaluate, save -------------------------------------------------------------------------------
-        meter.step(counts, waited, time.perf_counter() - began)
-        ends = run.step == last or stopping > 0
-        if run.step % config.log.every == 0 or ends:
-            values = meter.values(engine) | {"lr": rate, "grad_norm": norm, "skipped": float(run.skipped)}
+            # ---- log, evaluate, save -------------------------------------------------------------------------------
+            meter.step(counts, waited, time.perf_counter() - began)
+            ends = run.step == last or stopping > 0
+            if run.step % config.log.every == 0 or ends:
+                values = meter.values(ranks) | {"lr": rate, "grad_norm": norm, "skipped": float(run.skipped)}
+                if log:
+                    log.metrics(run.step, values)
+                    logger.info(line(run.step, config.run.steps, values))
+                meter = Meter()
             if log:
-                log.metrics(run.step, values)
-                logger.info(_line(run.step, config.run.steps, values))
-            meter = _Meter()
-        if log:
-            log.bar.update()
-        if not dry_run and (run.step % config.checkpoint.every == 0 or ends):
-            save(run)
-        if not dry_run and config.eval.every and (run.step % config.eval.every == 0 or run.step == config.run.steps):
-            evaluate(run, log)
-        if stopping:
-            logger.info("stopped by a signal after step %d; start the same command to go on", run.step)
-            break
+                log.bar.update()
+            if not dry_run and (run.step % config.checkpoint.every == 0 or ends):
+                save(run, background=config.checkpoint.background and not ends)
+            evaluates = config.eval.every and not dry_run
+            if evaluates and (run.step % config.eval.every == 0 or run.step == config.run.steps):
+                evaluate(run, log)
+            if stopping:
+                logger.info("stopped on request after step %d; start the same command to go on", run.step)
+                if ranks.rank == 0:
+                    run.stop_file.unlink(missing_ok=True)
+                break
+    finish_save(run)
+    if dry_run:
+        _rehearse_saving(run)
     if log:
         log.close()
     engine.close()
+    ranks.close()
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint; all ranks wait until it is there."""
-    if run.engine.rank == 0:
-        raw = {name: parameter.detach() for name, parameter in run.engine.model.named_parameters()}
-        state = checkpoint.Checkpoint(
-            run.config, run.step, raw, run.average.weights, run.engine.optimizer_state(), run.skipped
-        )
-        folder = checkpoint.save(run.folder, state, run.tokenizer, run.config.checkpoint.keep_last)
-        logger.info("saved %s", folder)
-    run.engine.barrier()
+def save(run: Run, background: bool) -> None:
+    """Write a checkpoint; in the background, or all ranks wait until it is there."""
+    finish_save(run)
+    run.saver.begin(run.state(), background)
+    if not background:
+        finish_save(run)
+
+
+def finish_save(run: Run) -> None:
+    """Wait for the checkpoint being written, if there is one. Raises OSError on all ranks if it could not be."""
+    problem = None
+    try:
+        if folder := run.saver.finish():
+            logger.info("saved %s", folder)
+    except OSError as error:
+        problem = error
+    if run.ranks.total([float(problem is not None)])[0]:
+        raise problem or OSError("rank 0 could not write a checkpoint")
 
 
 def evaluate(run: Run, log: Log | None) -> None:
-    """Held-out losses and samples of the averaged weights."""
-    with _averaged(run.engine.model, run.average):
-        values: dict[str, float] = {}
-        if run.held_out:
-            values = _held_out_losses(run, run.held_out)
-        if log:
-            if config_samples := run.config.eval.samples:
-                generator = Generator(run.engine.model, run.tokenizer, run.encoder, run.engine.bf16)
-                draw_samples(generator, run.held_out or run.rows.mixture, config_samples, run.config.eval,
-                             run.folder / "samples", run.step)  # fmt: skip
-            if values:
-                log.metrics(run.step, values)
-                logger.info("step %d " + " ".join(f"{key} {value:.4f}" for key, value in values.items()), run.step)
-    run.engine.model.train()
-    run.engine.barrier()
+    """Held-out losses and samples of the averaged weights, in a copy of the model."""
+    average = Joined(run.ranks, run.average.parts, run.engine.shapes)
+    model = build_model(run.config, run.tokenizer).to(run.ranks.device).eval()
+    load_weights(model, average, "the weight average")
+    values: dict[str, float] = {}
+    if run.held_out:
+        values = _held_out_losses(run, model, run.held_out)
+    if log:
+        if config_samples := run.config.eval.samples:
+            generator = Generator(model, run.tokenizer, run.encoder, run.engine.bf16)
+            draw_samples(generator, run.held_out or run.rows.mixture, config_samples, run.config.eval,
+                         run.folder / "samples", run.step)  # fmt: skip
+        if values:
+            log.metrics(run.step, values)
+            logger.info("step %d " + " ".join(f"{key} {value:.4f}" for key, value in values.items()), run.step)
+    run.ranks.total([0.0])  # The others wait for rank 0's samples.
 
 
 @torch.no_grad()
-def _held_out_losses(run: Run, mixture: Mixture) -> dict[str, float]:
+def _held_out_losses(run: Run, model: Ropeway, mixture: Mixture) -> dict[str, float]:
     sums = [0.0] * 4
-    for row in range(run.engine.rank, run.config.eval.rows, run.engine.world):
-        batch = pipeline.make_batch(mixture, [row], run.config.run.seed).to(run.engine.device)
-        with run.engine.autocast():
-            losses = run.engine.model(batch)
+    for row in range(run.ranks.rank, run.config.eval.rows, run.ranks.world):
+        batch = pipeline.make_batch(mixture, [row], run.config.run.seed).to(run.ranks.device)
+        with autocast(run.ranks.device, run.engine.bf16):
+            losses = model(batch)
         parts = (losses.text.item(), losses.image.item(), *batch.counts())
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
-    text, image, num_text, num_image = run.engine.total(sums)
+    text, image, num_text, num_image = run.ranks.total(sums)
     return {"held_out/text": text / max(num_text, 1), "held_out/image": image / max(num_image, 1)}
-
-
-@contextmanager
-def _averaged(model: Ropeway, average: WeightAverage) -> Iterator[None]:
-    """The model with its averaged weights, for the length of the block."""
-    raw = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    load_weights(model, average.weights, "the weight average")
-    try:
-        yield
-    finally:
-        load_weights(model, raw, "the raw weights")
-
-
-class _Meter:
-    """Sums between two lines of the log."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.text = self.image = torch.zeros(())
-
-    def add(self, batch: Batch, losses: Losses, config: Config, vocabulary_size: int) -> None:
-        self.text, self.image = self.text + losses.text.cpu(), self.image + losses.image.cpu()
-        slots, text, image = int((batch.document_BS > 0).sum()), *batch.counts()
-        self.sums["slots"] += slots
-        self.sums["capacity"] += batch.document_BS.numel()
-        self.sums["flops"] += config.model.flops_per_step(
-            slots, batch.documents.squared_lengths, text, len(batch.patches_NP), image, vocabulary_size
-        )
-
-    def step(self, counts: Counts, waited: float, seconds: float) -> None:
-        for key, value in zip(("num_text", "num_image", "waited", "seconds"), (*counts, waited, seconds), strict=True):
-            self.sums[key] += value
-        self.sums["steps"] += 1
-
-    def values(self, engine: Engine) -> dict[str, float]:
-        """Means over the steps and all ranks. A call that all ranks make together."""
-        s = self.sums
-        text, image, slots, capacity, flops = engine.total(
-            [float(self.text), float(self.image), s["slots"], s["capacity"], s["flops"]]
-        )
-        return {
-            "loss/text": text / max(s["num_text"], 1),
-            "loss/image": image / max(s["num_image"], 1),
-            "slots_per_second": slots / s["seconds"],
-            "patches_per_second": s["num_image"] / s["seconds"],
-            "gflops_per_second": flops / s["seconds"] / 1e9,
-            "step_seconds": s["seconds"] / s["steps"],
-            "data_wait_percent": 100 * s["waited"] / s["seconds"],
-            "fill_percent": 100 * slots / capacity,
-        }
 
 
 class _StopFlag:
@@ -255,6 +258,7 @@ class _StopFlag:
 
 
 def _count_skipped(run: Run, norm: float) -> None:
+    """Stop, with the rows saved, after too many steps in a row whose gradient is not finite. All ranks agree."""
     if norm < float("inf"):
         run.skipped_in_row = 0
         return
@@ -262,7 +266,46 @@ def _count_skipped(run: Run, norm: float) -> None:
     run.skipped_in_row += 1
     logger.warning("warning: the gradient of step %d is not finite; its update is skipped", run.step + 1)
     if run.skipped_in_row >= run.config.optim.max_skipped:
-        raise ValueError(f"{run.skipped_in_row} gradients in a row are not finite; lower optim.lr or inspect the data")
+        folder = _save_rows(run)
+        raise ValueError(f"{run.skipped_in_row} gradients in a row are not finite; the rows of step {run.step + 1} are "
+                         f"in {folder}; lower optim.lr or inspect the data")  # fmt: skip
+
+
+@torch.no_grad()
+def _save_rows(run: Run) -> Path:
+    """This rank's rows of the step with the losses of each one alone, for a person to look at."""
+    folder = run.folder / "non_finite" / f"step-{run.step + 1:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build_model(run.config, run.tokenizer).to(run.ranks.device)
+    load_weights(model, run.state().model, "the engine")
+    lines = []
+    for row in run.rows.numbers(run.step):
+        batch = pipeline.make_batch(run.rows.mixture, [row], run.config.run.seed).to(run.ranks.device)
+        with autocast(run.ranks.device, run.engine.bf16):
+            losses = model(batch)
+        epoch, documents = run.rows.mixture.plan.row(row)
+        save_file({"token_S": batch.token_BS[0], "patches_NP": batch.patches_NP}, folder / f"row-{row}.safetensors")
+        lines.append({"row": row, "epoch": epoch, "documents": documents.tolist(),
+                      "loss/text": losses.text.item(), "loss/image": losses.image.item()})  # fmt: skip
+    (folder / f"rank-{run.ranks.rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _rehearse_saving(run: Run) -> None:
+    """Write a checkpoint beside the run's folder, read it again, and remove it."""
+    place = next(folder for folder in run.folder.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=place) as folder:
+        saver = checkpoint.Saver(Path(folder), run.tokenizer, run.config.checkpoint, writes=run.ranks.rank == 0)
+        began = time.perf_counter()
+        saver.begin(run.state(), background=False)
+        if written := saver.finish():
+            seconds = time.perf_counter() - began
+            size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+            model = build_model(run.config, run.tokenizer)
+            load_weights(model, checkpoint.load(written).model, str(written))
+            logger.info("a checkpoint of %.2f GB was written in %.1f s, read and checked in %.1f s; %.1f GB are free",
+                        size / 1e9, seconds, time.perf_counter() - began - seconds,
+                        shutil.disk_usage(place).free / 1e9)  # fmt: skip
 
 
 def _refuse_other_settings(config: Config, saved: Config) -> None:
@@ -285,7 +328,7 @@ def _flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _announce(run: Run, dry_run: bool) -> None:
-    if run.engine.rank:
+    if run.ranks.rank:
         return
     parts = run.config.model.num_parameters(run.tokenizer.vocab_size)
     logger.info("environment: %s", environment())
@@ -293,11 +336,5 @@ def _announce(run: Run, dry_run: bool) -> None:
                 ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items()))  # fmt: skip
     logger.info("%s from step %d to %d, %d rows of %d slots per step, %d process(es), %s, run folder %s",
                 "dry run" if dry_run else "training", run.step, run.config.run.steps, run.config.data.rows_per_step,
-                run.config.data.row_length, run.engine.world, "bf16" if run.engine.bf16 else "fp32",
+                run.config.data.row_length, run.ranks.world, "bf16" if run.engine.bf16 else "fp32",
                 run.folder)  # fmt: skip
-
-
-def _line(step: int, steps: int, values: dict[str, float]) -> str:
-    return (f"step {step}/{steps} text {values['loss/text']:.4f} image {values['loss/image']:.4f} "
-            f"norm {values['grad_norm']:.2f} lr {values['lr']:.2e} {values['step_seconds']:.2f} s/step "
-            f"{values['slots_per_second']:.0f} slots/s wait {values['data_wait_percent']:.1f}%")  # fmt: skip

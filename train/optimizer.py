@@ -1,11 +1,15 @@
 """AdamW with weight-decay groups, the learning-rate schedule, and the average of the weights."""
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.config import OptimSection
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of every parameter, beside the number of its steps."""
 
 
 def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
@@ -13,7 +17,8 @@ def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        exempt = parameter.dim() < 2 or "embedding" in name or "modulation" in name or name == "text_head.weight"
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves the parameter itself empty
+        exempt = dimensions < 2 or "embedding" in name or "modulation" in name or name == "text_head.weight"
         (free if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
@@ -29,17 +34,18 @@ def learning_rate(step: int, steps: int, config: OptimSection) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of all parameters in float32, with a warm-up so that short runs profit from it."""
+    """Exponential moving average of the weights in float32, with a warm-up so that short runs profit from it.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    Each rank averages its own part of every weight (`Ranks.part`).
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.parts = {name: part.float().clone() for name, part in parts.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, parts: Mapping[str, Tensor], step: int) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = {name: p.detach() for name, p in model.named_parameters()}
-        # By name: the averages of a loaded checkpoint come in the file's order.
-        averages = [self.weights[name] for name in current]
-        torch._foreach_lerp_(averages, list(current.values()), 1 - decay)
+        current = [parts[name] for name in self.parts]
+        torch._foreach_lerp_(list(self.parts.values()), current, 1 - decay)

@@ -1,6 +1,7 @@
 """From the configuration to batches: tokenizer, sources, the mixture of packed rows, and a rank's share of them."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator
 from typing import Literal
 
 import numpy as np
@@ -83,12 +84,14 @@ class StepRows(Dataset):
         self.rows, self.micro = config.data.rows_per_step, config.engine.micro_batches
         self.share = self.rows // world
 
+    def numbers(self, step: int) -> range:
+        """The rows of this rank in a step."""
+        first = step * self.rows + self.rank * self.share
+        return range(first, first + self.share)
+
     def __getitem__(self, step: int) -> list[Batch]:
-        first, size = step * self.rows + self.rank * self.share, self.share // self.micro
-        return [
-            make_batch(self.mixture, list(range(start, start + size)), self.seed)
-            for start in range(first, first + self.share, size)
-        ]
+        rows, size = self.numbers(step), self.share // self.micro
+        return [make_batch(self.mixture, list(rows[i : i + size]), self.seed) for i in range(0, self.share, size)]
 
 
 def make_batch(mixture: Mixture, rows: list[int], seed: int) -> Batch:
@@ -97,8 +100,8 @@ def make_batch(mixture: Mixture, rows: list[int], seed: int) -> Batch:
     return Batch.collate([mixture.row(row) for row in rows], seeds)
 
 
-def load(rows: StepRows, first: int, last: int, workers: int) -> Iterator[list[Batch]]:
-    """Micro-batches of steps first .. last - 1, made ahead of time by worker processes."""
+def load(rows: StepRows, first: int, last: int, workers: int) -> Generator[list[Batch]]:
+    """Micro-batches of steps first .. last - 1, made ahead of time by worker processes. To be closed."""
     loader = DataLoader(
         rows,
         batch_size=None,
@@ -106,8 +109,19 @@ def load(rows: StepRows, first: int, last: int, workers: int) -> Iterator[list[B
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_leave_signals_to_the_loop,
     )
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except (ValueError, OSError) as error:  # from a worker it brings the worker's traceback along, the message last
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+    finally:
+        if workers:  # The end of the process would wait for them for ever: they ignore the signal that ends them.
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _leave_signals_to_the_loop(_: int) -> None:
+    """Schedulers send their signals to every process of a job; the workers are still needed for the last step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,13 @@
 """The network of the diffusion head: an AdaLN MLP over one noised patch (MAR, arXiv 2406.11838, code of LTH14/mar)."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LOCATION_FEATURES, ModelConfig
 
@@ -29,21 +32,24 @@ class DiffusionHead(nn.Module):
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.head.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, patch)
+        self.recompute = False
 
-    def initialise(self) -> None:
+    def initialise(self, writable: Callable[[Tensor], AbstractContextManager] = nullcontext) -> None:
         """Xavier linears with zero biases, N(0, 0.02) for the time embedding, zeros where it must start silent."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            with writable(parameter):
+                norm = ".norm." in name
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.constant_(parameter, 1.0 if norm and name.endswith("weight") else 0.0)
         for embedding in (self.time_in, self.time_out):
-            nn.init.normal_(embedding.weight, std=0.02)
+            with writable(embedding.weight):
+                nn.init.normal_(embedding.weight, std=0.02)
         for name, parameter in self.named_parameters():
             if "modulation" in name or name.startswith("patch_out"):
-                nn.init.zeros_(parameter)
+                with writable(parameter):
+                    nn.init.zeros_(parameter)
 
     def condition(self, hidden_ND: Tensor, location_N4: Tensor) -> Tensor:
         """What does not depend on the time: hidden state and place of the target patch. Returns (N, W).
@@ -64,7 +70,10 @@ class DiffusionHead(nn.Module):
         modulator_MW = F.silu(time_MW + condition_MW)
         u_MW = self.patch_in(z_MP)
         for block in self.blocks:
-            u_MW = block(u_MW, modulator_MW)
+            if self.recompute:
+                u_MW = checkpoint(block, u_MW, modulator_MW, use_reentrant=False)
+            else:
+                u_MW = block(u_MW, modulator_MW)
         shift, scale = self.final_modulation(modulator_MW).chunk(2, dim=-1)
         return self.patch_out(F.layer_norm(u_MW, u_MW.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 

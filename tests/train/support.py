@@ -4,6 +4,7 @@ A command runs as `python -m` would run it, in a process of its own with its own
 status. It is forked from a server that has imported everything already: importing PyTorch anew costs seconds.
 """
 
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 240  # seconds for any process; the machine may be busy
+TIMEOUT = 120  # seconds for any process; the machine may be busy
 TIMINGS = ("slots_per_second", "patches_per_second", "gflops_per_second", "step_seconds", "data_wait_percent")
 
 TINY = (
@@ -84,6 +85,7 @@ def _child(function: Callable[..., None], arguments: tuple, environment: dict[st
     os.environ.update(environment)
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), number)
+    faulthandler.dump_traceback_later(TIMEOUT - 10)  # where it hangs, for the message of `finish`
     function(*arguments)
 
 

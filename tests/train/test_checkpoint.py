@@ -2,17 +2,18 @@
 
 import ast
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from huggingface_hub import load_torch_model
+from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
 from train import checkpoint, settings
-from train.checkpoint import Checkpoint
-from train.config import Config, RunSection
+from train.checkpoint import Checkpoint, Saver
+from train.config import CheckpointSection, Config, RunSection
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = Tokenizer.bytes(4)
@@ -25,18 +26,27 @@ def make(step: int, **changes: int) -> Checkpoint:
         return {
             "b.weight": torch.randn(3, 4, generator=random),
             "a.bias": torch.randn(5, generator=random),
-            "half": torch.randn(2, 2, generator=random).bfloat16(),
+            "c.rounded": torch.randn(2, 2, generator=random).bfloat16(),
         }
 
-    moments = {"exp_avg": tensors(2), "exp_avg_sq": tensors(3), "step": {"b.weight": torch.tensor(float(step))}}
+    moments = {"exp_avg": tensors(2), "exp_avg_sq": tensors(3)}
     return Checkpoint(Config(run=RunSection(seed=step)), step, tensors(0), tensors(1), moments, **changes)
 
 
+def write(run: Path, state: Checkpoint, background: bool = False, **keep: int) -> Path:
+    saver = Saver(run, TOKENIZER, CheckpointSection(**keep))
+    saver.begin(state, background)
+    folder = saver.finish()
+    assert folder is not None
+    assert saver.finish() is None
+    return folder
+
+
 def save(run: Path, step: int, keep_last: int = 9) -> Path:
-    return checkpoint.save(run, make(step), TOKENIZER, keep_last)
+    return write(run, make(step), keep_last=keep_last)
 
 
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype
@@ -86,8 +96,8 @@ DAMAGE: list = [
     pytest.param(lambda f: (f / "manifest.json").write_bytes(b"\xff"), "not a readable", id="binary-manifest"),
     pytest.param(lambda f: (f / "manifest.json").write_text('{"state.json": 3}'), "not a readable", id="odd-manifest"),
     pytest.param(
-        lambda f: rewrite(f, "state.json", b'{"format": 2, "step": 1, "skipped": 0}'),
-        "format 2, this version reads up to 1; update Ropeway", id="newer-format",
+        lambda f: rewrite(f, "state.json", b'{"format": 3, "step": 1, "skipped": 0}'),
+        "format 3, this version reads up to 2; update Ropeway", id="newer-format",
     ),
     pytest.param(lambda f: rewrite(f, "state.json", b"{}"), "not a readable checkpoint", id="no-format"),
     pytest.param(
@@ -105,7 +115,7 @@ def torch_file() -> bytes:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, make(7, skipped=2), TOKENIZER, 1)
+    folder = write(tmp_path, make(7, skipped=2), keep_last=1)
     assert folder == tmp_path / "checkpoints" / "step-00000007"
     assert_equal(checkpoint.load(folder), make(7, skipped=2))
     assert settings.read(folder / "config.yaml").run.seed == 7
@@ -143,7 +153,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
     warnings: list[str] = []
-    found = checkpoint.load_newest(tmp_path, warnings.append)
+    found = checkpoint.newest(tmp_path, warnings.append)
     assert found is not None
     assert_equal(found, make(1))
     assert len(warnings) == 1
@@ -170,10 +180,10 @@ def test_resolve_refuses_what_is_no_checkpoint(tmp_path: Path, place: str) -> No
 
 
 def test_only_damaged_ones_is_an_error_and_none_is_none(tmp_path: Path) -> None:
-    assert checkpoint.load_newest(tmp_path, pytest.fail) is None
+    assert checkpoint.newest(tmp_path, pytest.fail) is None
     cut(save(tmp_path, 1) / "model.safetensors")
     with pytest.raises(ValueError, match="no checkpoint there is sound"):
-        checkpoint.load_newest(tmp_path, lambda message: None)
+        checkpoint.newest(tmp_path, lambda message: None)
 
 
 @pytest.mark.parametrize("fails_at", ["save_file", "_digest", "_sync", "rename"])
@@ -197,7 +207,7 @@ def test_a_failure_in_the_middle_leaves_the_old_one(
     monkeypatch.undo()
     assert files(old) == before
     assert (old.parent / "latest").read_text().strip() == STEP
-    found = checkpoint.load_newest(tmp_path, pytest.fail)
+    found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None
     assert found.step == 1
     # The next attempt is not in the way of what the first left.
@@ -225,7 +235,7 @@ def test_a_damaged_later_one_does_not_push_out_sound_ones(tmp_path: Path) -> Non
     save(tmp_path, 5)
     cut(save(tmp_path, 9) / "model.safetensors")
     save(tmp_path, 6, keep_last=1)
-    found = checkpoint.load_newest(tmp_path, lambda message: None)
+    found = checkpoint.newest(tmp_path, lambda message: None)
     assert found is not None
     assert found.step == 6
 
@@ -233,8 +243,61 @@ def test_a_damaged_later_one_does_not_push_out_sound_ones(tmp_path: Path) -> Non
 def test_views_and_shared_memory_are_saved_as_they_look(tmp_path: Path) -> None:
     state = make(1)
     state.model = {"transposed": torch.arange(6.0).view(2, 3).t(), "row": torch.arange(6.0).view(2, 3)[1]}
-    folder = checkpoint.save(tmp_path, state, TOKENIZER, 1)
+    folder = write(tmp_path, state)
     assert_same(checkpoint.load(folder).model, {k: v.clone() for k, v in state.model.items()})
+
+
+def test_keep_every(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30, 35):
+        write(tmp_path, make(step), keep_last=2, keep_every=20)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000020", "step-00000030", "step-00000035"]
+
+
+def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many files of one kind, read as one; the library that defines the index reads them too."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 60)
+    folder = write(tmp_path, make(3))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors*")}
+    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+            "optimizer/exp_avg_sq-00002-of-00002.safetensors"} <= names  # fmt: skip
+    assert "model.safetensors" not in names
+    assert_equal(checkpoint.load(folder), make(3))
+    model = nn.Module()
+    for name, tensor in make(3).model.items():
+        owner, _, leaf = name.rpartition(".")
+        model.add_module(owner, nn.Module()) if owner else None
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(torch.zeros_like(tensor)))
+    load_torch_model(model, folder)
+    assert_same(dict(model.named_parameters()), make(3).model)
+
+
+def test_in_the_background_the_state_of_the_moment_is_saved(tmp_path: Path) -> None:
+    state = make(1)
+    saver = Saver(tmp_path, TOKENIZER, CheckpointSection())
+    saver.begin(state, background=True)
+    for tensor in (*state.model.values(), *state.optimizer["exp_avg"].values()):
+        tensor.zero_()
+    folder = saver.finish()
+    assert folder is not None
+    assert_equal(checkpoint.load(folder), make(1))
+
+
+def test_other_ranks_make_the_tensors_and_write_nothing(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Asked(dict):
+        def __getitem__(self, name: str) -> Tensor:
+            asked.append(name)
+            return super().__getitem__(name)
+
+    state = make(1)
+    state.ema = Asked(state.ema)
+    saver = Saver(tmp_path, TOKENIZER, CheckpointSection(), writes=False)
+    saver.begin(state, background=False)
+    assert saver.finish() is None
+    assert asked == list(state.ema)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["train", "launch", "model", "data"])

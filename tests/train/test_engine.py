@@ -7,26 +7,19 @@ nothing of the engine: it takes one row after the other and writes the loss out 
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.document import Document, Image, Text
-from data.encode import Columns, Encoder, pack_row
-from data.tokenizer import Tokenizer
-from model.batch import Batch
 from model.ropeway import Losses, Ropeway
-from tests.train.support import TINY, ranks, start_function
-from train import settings
+from tests.train.support import ranks as ranks_of
+from tests.train.support import start_function
+from tests.train.uneven import CONFIG, batch_of_step, count, distance, make_model, part
 from train.config import Config, EngineSection
-from train.engine import Counts, TorchEngine, objective, pick_device
-from train.pipeline import vocabulary_of
+from train.engine import Counts, TorchEngine, objective
+from train.ranks import Ranks, pick_device
 
-CONFIG = settings.parse([*TINY, "--optim.text_weight=0.7", "--optim.image_weight=1.3", "--optim.lr=0.001"])[0]
-TOKENIZER = Tokenizer.bytes(8)
-ROW_LENGTH = 96
 STEPS = 3
 
 # Every gradient is a sum of the same numbers in another order: float32 leaves about 1e-7 of its norm. The weights after
@@ -41,94 +34,43 @@ SPLITS = {
 }
 
 
-def picture(rng: np.random.Generator, rows: int, cols: int, learn: bool = True) -> Image:
-    pixels = rng.integers(0, 256, (8 * rows, 8 * cols, 3), dtype=np.uint8)
-    return Image(8 * rows, 8 * cols, pixels, learn)
-
-
-def only_patches(columns: Columns) -> Columns:
-    """Learn the patches alone: no text token counts, not even the end of the document."""
-    return replace(columns, learn=columns.learn & (columns.rows > 0))
-
-
-def rows_of_step(step: int) -> list[Columns]:
-    """Four rows. Rows 0 and 1 (rank 0 of 2) have no image, rows 2 and 3 no text target; in step 2 it is the reverse."""
-    rng = np.random.default_rng(step)
-    encoder = Encoder(TOKENIZER, 8, 1, 16)
-
-    def row(*documents: tuple) -> Columns:
-        return pack_row([encoder.encode(Document(segments)) for segments in documents], ROW_LENGTH, TOKENIZER.pad)
-
-    long = row((Text("a text of some length, and then more"),), (Text("another"),), (Text("third one " * step),))
-    short = row((Text("short"),))
-    small = only_patches(row((Text("not learned", learn=False), picture(rng, 1, 2))))
-    large = only_patches(row((picture(rng, 3, 4), picture(rng, 2, 2, learn=False)), (picture(rng, 1, 1 + step),)))
-    rows = [long, short, small, large]
-    return rows[::-1] if step == 2 else rows
-
-
-def batch_of_step(step: int, rows: list[int]) -> Batch:
-    columns = rows_of_step(step)
-    return Batch.collate([columns[r] for r in rows], [1000 * step + r for r in rows])
-
-
-def count(step: int) -> Counts:
-    """Learned text tokens and patches of a step, slot by slot."""
-    text = image = 0
-    for columns in rows_of_step(step):
-        for slot in range(1, ROW_LENGTH):
-            if columns.learn[slot] and columns.document[slot] == columns.document[slot - 1] > 0:
-                image += int(columns.rows[slot] > 0)
-                text += int(columns.rows[slot] == 0)
-    return Counts(text, image)
-
-
-def make_model() -> Ropeway:
-    model = Ropeway(CONFIG.model, vocabulary_of(TOKENIZER))
-    model.initialise(CONFIG.run.seed)
-    with torch.no_grad():  # the head starts silent: stir it, so that a gradient reaches every parameter
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if "modulation" in name or "patch_out" in name:
-                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(number))
-    return model
-
-
 def work(config: Config, out: str) -> None:
     """Take STEPS steps with the engine, on this rank's share, and write gradients and weights."""
     torch.set_num_threads(1)
-    engine = TorchEngine(make_model(), config, torch.device("cpu"))
+    ranks = Ranks(config)
+    engine = TorchEngine(make_model(), config, ranks)
     tensors: dict[str, Tensor] = {}
-    share, micro = 4 // engine.world, config.engine.micro_batches
+    share, micro = 4 // ranks.world, config.engine.micro_batches
     for step in range(STEPS):
-        first, size = engine.rank * share, share // micro
+        first, size = ranks.rank * share, share // micro
         batches = [batch_of_step(step, list(range(r, r + size))) for r in range(first, first + share, size)]
         local = [batch.counts() for batch in batches]
-        totals = engine.total([float(sum(c)) for c in zip(*local, strict=True)])
+        totals = ranks.total([float(sum(c)) for c in zip(*local, strict=True)])
         counts = Counts(int(totals[0]), int(totals[1]))
         assert counts == count(step)
         sums = [0.0, 0.0]
         for i, batch in enumerate(batches):
             losses = engine.micro_step(batch, counts, is_last=i == micro - 1)
             sums = [sums[0] + losses.text.item(), sums[1] + losses.image.item()]
-        tensors[f"{step}.losses"] = torch.tensor(engine.total(sums), dtype=torch.float64)
+        tensors[f"{step}.losses"] = torch.tensor(ranks.total(sums), dtype=torch.float64)
         for name, parameter in engine.model.named_parameters():
             assert parameter.grad is not None, name
             tensors[f"{step}.{name}"] = parameter.grad.clone()
         tensors[f"{step}.norm"] = torch.tensor(engine.step(lr=1e-3))
     for name, parameter in engine.model.named_parameters():
         tensors[f"weights.{name}"] = parameter.detach().clone()
-    for kind, moments in engine.optimizer_state().items():
+    for kind, moments in engine.moments().items():
         tensors |= {f"{kind}.{name}": value.clone() for name, value in moments.items()}
-    engine.barrier()
     engine.close()
-    save_file(tensors, f"{out}-{engine.rank}.safetensors")
+    ranks.close()
+    save_file(tensors, f"{out}-{ranks.rank}.safetensors")
 
 
 def results(folder: Path, world: int, micro: int) -> list[dict[str, Tensor]]:
     """What every rank wrote."""
     config = replace(CONFIG, engine=EngineSection(micro_batches=micro))
     out = folder / f"{world}-{micro}"
-    environments: list[dict[str, str]] = ranks(world) if world > 1 else [{}]
+    environments: list[dict[str, str]] = ranks_of(world) if world > 1 else [{}]
     started = [start_function(folder / f"{rank}", work, (config, str(out)), e) for rank, e in enumerate(environments)]
     for command in started:
         result = command.finish()
@@ -158,15 +100,6 @@ def reference(model: Ropeway, step: int, mean_of_means: bool = False) -> tuple[d
         sums = [sums[0] + losses.text.item(), sums[1] + losses.image.item()]
     total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sums
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest difference over tensors, relative to the norm of the tensor."""
-    return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-12)) for k in b)
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix + "."): value for key, value in tensors.items() if key.startswith(prefix + ".")}
 
 
 def gradients(tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -230,27 +163,27 @@ def test_counts_divide_and_no_target_divides_by_one() -> None:
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    engine = TorchEngine(make_model(), CONFIG, torch.device("cpu"))
+    engine = TorchEngine(make_model(), CONFIG, Ranks(CONFIG))
     batch = batch_of_step(0, [0, 1, 2, 3])
     engine.micro_step(batch, count(0), is_last=True)
     engine.step(1e-3)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
-    moments = {k: {n: v.clone() for n, v in kind.items()} for k, kind in engine.optimizer_state().items()}
+    moments = {k: {n: v.clone() for n, v in kind.items()} for k, kind in engine.moments().items()}
     engine.micro_step(batch, count(0), is_last=True)
     engine.model.backbone.get_parameter("norm.weight").grad.fill_(float("nan"))
     assert not engine.step(1e-3) < float("inf")
     for name, p in engine.model.named_parameters():
         assert torch.equal(p, before[name])
         assert p.grad is None
-    for kind, values in engine.optimizer_state().items():
+    for kind, values in engine.moments().items():
         assert all(torch.equal(values[name], moments[kind][name]) for name in values)
 
 
 def test_clipping_bounds_the_update() -> None:
-    engine = TorchEngine(make_model(), replace(CONFIG, optim=replace(CONFIG.optim, clip=1e-3)), torch.device("cpu"))
+    engine = TorchEngine(make_model(), replace(CONFIG, optim=replace(CONFIG.optim, clip=1e-3)), Ranks(CONFIG))
     engine.micro_step(batch_of_step(0, [0, 1, 2, 3]), count(0), is_last=True)
     norm = engine.step(1e-3)
-    moments = torch.cat([m.flatten() for m in engine.optimizer_state()["exp_avg"].values()])
+    moments = torch.cat([m.flatten() for m in engine.moments()["exp_avg"].values()])
     assert norm > 0.1
     assert moments.norm().item() == pytest.approx(1e-3 * (1 - CONFIG.optim.beta1), rel=1e-3)
 
@@ -258,13 +191,13 @@ def test_clipping_bounds_the_update() -> None:
 def test_optimizer_state_round_trip_in_another_order() -> None:
     """A step after loading the state, in the alphabetical order of a file, is the step without loading."""
     batch = batch_of_step(0, [0, 1, 2, 3])
-    one = TorchEngine(make_model(), CONFIG, torch.device("cpu"))
+    one = TorchEngine(make_model(), CONFIG, Ranks(CONFIG))
     one.micro_step(batch, count(0), is_last=True)
     one.step(1e-3)
-    two = TorchEngine(make_model(), CONFIG, torch.device("cpu"))
+    two = TorchEngine(make_model(), CONFIG, Ranks(CONFIG))
     two.model.load_state_dict(one.model.state_dict())
-    state = one.optimizer_state()
-    two.load_optimizer_state({k: {n: state[k][n].clone() for n in sorted(state[k])} for k in sorted(state)})
+    state = one.moments()
+    two.load_moments({k: {n: state[k][n].clone() for n in sorted(state[k])} for k in sorted(state)}, updates=1)
     for engine in (one, two):
         engine.micro_step(batch, count(0), is_last=True)
         engine.step(1e-3)

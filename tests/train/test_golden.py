@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from train import pipeline, settings
 from train.engine import Counts, TorchEngine
 from train.generator import build_model
 from train.optimizer import learning_rate
+from train.ranks import Ranks
 
 GOLDEN = Path("tests/golden/quickstart.json")
 STEPS = 8
@@ -37,7 +37,7 @@ def first_losses() -> list[dict[str, float]]:
     encoder = pipeline.make_encoder(config, tokenizer)
     model = build_model(config, tokenizer)
     model.initialise(config.run.seed)
-    engine = TorchEngine(model, config, torch.device("cpu"))
+    engine = TorchEngine(model, config, Ranks(config))
     rows = pipeline.StepRows(pipeline.make_mixture(config, encoder, "train"), config, 0, 1)
     found = []
     for step in range(STEPS):

@@ -28,6 +28,10 @@ class Net(nn.Module):
         self.norm = nn.Parameter(torch.randn(3, generator=random))
 
 
+def weights_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
 def test_schedule() -> None:
     rates = [learning_rate(step, 110, CONFIG) for step in range(110)]
     assert rates[0] == pytest.approx(2e-4)
@@ -96,7 +100,7 @@ def test_adamw_against_its_formula() -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_weight_average_against_its_formula(decay: float) -> None:
     net = Net()
-    average = WeightAverage(net, decay)
+    average = WeightAverage(weights_of(net), decay)
     expected = {name: p.detach().double().clone() for name, p in net.named_parameters()}
     random = torch.Generator().manual_seed(1)
     for step in range(50):
@@ -104,33 +108,33 @@ def test_weight_average_against_its_formula(decay: float) -> None:
             p.data.add_(torch.randn(p.shape, generator=random))
             used = min(decay, (1 + step) / (10 + step))
             expected[name] = used * expected[name] + (1 - used) * p.detach().double()
-        average.update(net, step)
-    assert_close(average.weights, expected)
+        average.update(weights_of(net), step)
+    assert_close(average.parts, expected)
     if decay == 0:
-        assert_close(average.weights, dict(net.named_parameters()))
+        assert_close(average.parts, dict(net.named_parameters()))
 
 
 def test_weight_average_goes_by_name() -> None:
     """A checkpoint file holds tensors in alphabetical order, the model does not."""
     net = Net()
-    average, reordered = WeightAverage(net, 0.9), WeightAverage(net, 0.9)
-    reordered.weights = {name: reordered.weights[name] for name in sorted(reordered.weights)}
+    average, reordered = WeightAverage(weights_of(net), 0.9), WeightAverage(weights_of(net), 0.9)
+    reordered.parts = {name: reordered.parts[name] for name in sorted(reordered.parts)}
     for step in range(3):
         for p in net.parameters():
             p.data.add_(1)
-        average.update(net, step)
-        reordered.update(net, step)
-    for name in average.weights:
-        assert torch.equal(average.weights[name], reordered.weights[name])
+        average.update(weights_of(net), step)
+        reordered.update(weights_of(net), step)
+    for name in average.parts:
+        assert torch.equal(average.parts[name], reordered.parts[name])
 
 
 def test_weight_average_is_float32_and_a_copy() -> None:
     net = Net().bfloat16()
-    average = WeightAverage(net, 0.9)
-    first = average.weights["a"].clone()
+    average = WeightAverage(weights_of(net), 0.9)
+    first = average.parts["a"].clone()
     net.a.data.add_(1)
-    assert torch.equal(average.weights["a"], first)
-    assert average.weights["a"].dtype == torch.float32
+    assert torch.equal(average.parts["a"], first)
+    assert average.parts["a"].dtype == torch.float32
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
