@@ -92,6 +92,9 @@ class ModelConfig:
     """Side of a patch in pixels."""
     patch_bottleneck: int | None = None
     """Rank of a low-rank patch embedding (JiT uses 128 or 256); default: none."""
+    context_noise: float = 0.0
+    """Part of the documents whose learned images are shown noised to what follows them, while training. Otherwise the
+    color of an object can be copied from its first patch, and hardly any patch teaches to read it in the caption."""
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.kv_heads}"
             )
+        if not 0 <= self.context_noise <= 1:
+            raise ValueError(f"model.context_noise is {self.context_noise}; it must lie in 0 <= x <= 1")
         if self.head_width % 4:
             raise ValueError(f"the head width {self.head_width} (model.dim / model.num_heads) must be a multiple of 4")
         if self.output_embedding == "tied_half_swap" and self.dim % 2:

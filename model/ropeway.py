@@ -16,6 +16,7 @@ from model.rope import Rotation, frequencies, rotation
 from model.text_head import TextHead
 from model.transformer import Backbone
 
+_CONTEXT_STREAM = 0x5EED_C0DE  # apart from the row's stream of times and noises of the diffusion head
 Writable = Callable[[Tensor], AbstractContextManager]
 
 
@@ -101,8 +102,28 @@ class Ropeway(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1."""
-        x_BSD = self.embed(batch.token_BS, batch.rows_BS > 0, to_pixels(batch.patches_NP))
+        patches_NP = to_pixels(batch.patches_NP)
+        if self.training and self.config.context_noise:
+            patches_NP = self._noised_context(batch, patches_NP)
+        x_BSD = self.embed(batch.token_BS, batch.rows_BS > 0, patches_NP)
         return self.backbone(x_BSD, self.angles(batch.grid), batch.documents)
+
+    def _noised_context(self, batch: Batch, patches_NP: Tensor) -> Tensor:
+        """(1 - s) patch + s noise for the patches of learned images, s uniform in (0, 1) for a part of the documents,
+        else 0; a function of the row's seed alone."""
+        document_BS, is_patch_BS = batch.document_BS, batch.rows_BS > 0
+        shares, noises = [], []
+        for document_S, is_patch_S, learn_S, seed in zip(
+            document_BS, is_patch_BS, batch.learn_BS, batch.seed_B, strict=True
+        ):
+            generator = torch.Generator(patches_NP.device).manual_seed(seed ^ _CONTEXT_STREAM)
+            draw_D2 = torch.rand(int(document_S.max()) + 1, 2, generator=generator, device=patches_NP.device)
+            share_D = draw_D2[:, 1] * (draw_D2[:, 0] < self.config.context_noise)
+            shares.append((share_D[document_S] * learn_S)[is_patch_S])
+            noises.append(torch.randn(int(is_patch_S.sum()), patches_NP.shape[1], generator=generator,
+                                      device=patches_NP.device))  # fmt: skip
+        share_N1 = torch.cat(shares).unsqueeze(1)
+        return torch.lerp(patches_NP, torch.cat(noises), share_N1)
 
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of a batch. Every parameter takes part, whatever kinds of targets the batch holds."""

@@ -1,6 +1,7 @@
 """The whole model: its loss in plain formulas, packing, padding, gradients, initialisation."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,32 @@ def test_padding_changes_nothing() -> None:
     model, longest = build(), len(pack(documents).token)
     tight = losses_and_gradients(model, batch_of(documents, length=longest))
     assert_same(losses_and_gradients(model, batch_of(documents, length=longest + 37)), tight)
+
+
+def test_noised_context_hides_learned_images_from_what_follows_and_nothing_else() -> None:
+    rng = np.random.default_rng(5)
+    shown = picture(rng, 2, 2)
+    rows = [[[Words([1, 2]), picture(rng, 2, 3), Words([3])], [shown._replace(learn=False), Words([1, 3])]]]
+    clean, noised = (build(tiny_config(context_noise=noise)) for noise in (0.0, 1.0))
+    batch = batch_of(*rows)
+    one, two = clean.hidden(batch)[0], noised.hidden(batch)[0]
+    first = int((batch.rows_BS[0] > 0).nonzero()[0])  # the first patch of the learned image
+    assert torch.equal(one[:first], two[:first])
+    same_document = batch.document_BS[0] == 1
+    assert not torch.isclose(one[first:][same_document[first:]], two[first:][same_document[first:]]).all(1).any()
+    torch.testing.assert_close(one[batch.document_BS[0] == 2], two[batch.document_BS[0] == 2])
+    assert torch.equal(noised.eval().hidden(batch), clean.eval().hidden(batch))
+
+
+def test_noised_context_is_a_function_of_the_row() -> None:
+    rng = np.random.default_rng(6)
+    rows = [[random_document(rng) for _ in range(2)] for _ in range(3)]
+    model = build(tiny_config(context_noise=0.5))
+    whole = model(batch_of(*rows))
+    parts = [model(replace(batch_of(row), seed_B=(seed,)))
+             for row, seed in zip(rows, batch_of(*rows).seed_B, strict=True)]  # fmt: skip
+    assert whole.image.item() == pytest.approx(sum(part.image.item() for part in parts), rel=1e-4)
+    assert whole.text.item() == pytest.approx(sum(part.text.item() for part in parts), rel=1e-4)
 
 
 def test_loss_slot_by_slot() -> None:
