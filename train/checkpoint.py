@@ -107,7 +107,8 @@ class Saver:
 
 
 def _begin(partial: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in partial.parent.glob("step-*.tmp"):  # of saves that were killed, at whatever step
+        shutil.rmtree(left, ignore_errors=True)
     (partial / "optimizer").mkdir(parents=True)
     settings.write(checkpoint.config, partial / "config.yaml")
     tokenizer.save(partial / "tokenizer.json")

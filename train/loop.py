@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from data.encode import Encoder
 from data.mixture import Mixture
 from data.tokenizer import Tokenizer
+from model.batch import Batch
 from model.ropeway import Ropeway
-from train import checkpoint, pipeline, settings
+from train import checkpoint, estimate, pipeline, settings
 from train.config import Config
 from train.engine import Counts, Engine, fill_from, make_engine
 from train.generator import Generator, build_model, load_weights
@@ -138,6 +139,8 @@ def train(run: Run, dry_run: bool) -> None:
             began = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - began
+            if dry_run:
+                _announce_estimate(run, micro_batches[0])
 
             # ---- forward, backward, update -------------------------------------------------------------------------
             local = [batch.counts() for batch in micro_batches]
@@ -184,6 +187,8 @@ def train(run: Run, dry_run: bool) -> None:
                 break
     finish_save(run)
     if dry_run:
+        if ranks.device.type == "cuda":
+            logger.info("measured on the GPU: %.2f GB at the peak", torch.cuda.max_memory_allocated() / 1e9)
         _rehearse_saving(run)
     if log:
         log.close()
@@ -289,6 +294,20 @@ def _save_rows(run: Run) -> Path:
                       "loss/text": losses.text.item(), "loss/image": losses.image.item()})  # fmt: skip
     (folder / f"rank-{run.ranks.rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def _announce_estimate(run: Run, batch: Batch) -> None:
+    """Memory, disk and work of the run, taking `batch` for what a micro-batch holds."""
+    if run.ranks.rank:
+        return
+    text, learned = batch.counts()
+    documents = batch.documents
+    needs = estimate.of(
+        run.config, run.tokenizer.vocab_size, run.ranks.world, batch.document_BS.numel(), documents.squared_lengths,
+        text, len(batch.patches_NP), learned,
+    )  # fmt: skip
+    for row in estimate.lines(needs):
+        logger.info(row)
 
 
 def _rehearse_saving(run: Run) -> None:

@@ -25,7 +25,11 @@ def parser() -> ArgumentParser:
         exit_on_error=False,
     )
     result.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones")
-    result.add_argument("--dry_run", action="store_true", help="build everything, run one step, write nothing")
+    result.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="estimate memory and time, run one step, write and read a checkpoint, leave nothing",
+    )
     result.add_argument("--local_rank", type=int, help="set by some launchers; ignored")
     result.add_class_arguments(Config, None, instantiate=True)
     return result

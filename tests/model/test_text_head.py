@@ -21,7 +21,7 @@ def test_loss_is_cross_entropy_whole_and_in_chunks(half_swap, monkeypatch) -> No
     wanted = torch.autograd.grad((expected * weight_23).sum(), (hidden, head.weight))
     for elements in (2**24, 50 * 4, 50, 1):
         monkeypatch.setattr(text_head, "_CHUNK_ELEMENTS", elements)
-        found = head.loss(hidden, target)
+        found = head(hidden, target)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         got = torch.autograd.grad((found * weight_23).sum(), (hidden, head.weight))
         for one, other in zip(got, wanted, strict=True):
@@ -30,7 +30,7 @@ def test_loss_is_cross_entropy_whole_and_in_chunks(half_swap, monkeypatch) -> No
 
 def test_no_targets_give_an_empty_loss_with_a_graph() -> None:
     head = TextHead(nn.Parameter(torch.randn(9, 4)), False)
-    head.loss(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long)).sum().backward()
+    head(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long)).sum().backward()
     assert (head.weight.grad == 0).all()
 
 
@@ -43,7 +43,7 @@ def test_loss_of_tied_embeddings_at_the_start(half_swap, expected) -> None:
     target = torch.randint(0, 32000, (400,), generator=generator)
     hidden = F.normalize(weight[own], dim=-1) * math.sqrt(768)
     with torch.no_grad():
-        found = TextHead(nn.Parameter(weight), half_swap).loss(hidden, target).mean()
+        found = TextHead(nn.Parameter(weight), half_swap)(hidden, target).mean()
     assert float(found) == pytest.approx(expected, abs=0.12)
 
 
