@@ -102,7 +102,14 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return result(tmp_path_factory.mktemp("single"), "single")
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "single"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.endswith(("offload", "alone", "recompute")) else ())
+        for name in BACKENDS
+        if name != "single"
+    ],
+)
 def test_all_backends_train_the_same(tmp_path: Path, single: dict[str, Tensor], backend: str) -> None:
     found = result(tmp_path, backend)
     assert found.keys() == single.keys()
