@@ -141,6 +141,11 @@ class OptimSection:
             raise ValueError(f"optim.spike is {self.spike}; it must be above 1")
 
 
+REDUCE_BUCKET = 5 * 10**7
+"""Numbers that DeepSpeed sums over the ranks at a time, unless engine.deepspeed says otherwise. Its own default takes
+gigabytes on every GPU, whatever the size of the model."""
+
+
 @dataclass(frozen=True)
 class EngineSection:
     """How a step is computed."""

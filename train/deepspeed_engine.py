@@ -28,7 +28,7 @@ from deepspeed.utils import (
 from data.tokenizer import Tokenizer
 from model.batch import Batch
 from model.ropeway import Losses, Ropeway
-from train.config import Config
+from train.config import REDUCE_BUCKET, Config
 from train.engine import Counts, load_whole_moments, objective, prepare, whole_moments
 from train.generator import build_model
 from train.optimizer import MOMENTS, adamw
@@ -76,7 +76,7 @@ def derive(config: Config, ranks: Ranks) -> dict[str, Any]:
         "gradient_accumulation_steps": config.engine.micro_batches,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optim.clip if stage else 0.0,  # at stage 0 the engine clips
-        "zero_optimization": {"overlap_comm": False} | zero | {"stage": stage},
+        "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": REDUCE_BUCKET} | zero | {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -17,7 +17,7 @@ from model.config import LOCATION_FEATURES, ModelConfig
 from model.diffusion.head import _TIME_FEATURES as TIME_FEATURES
 from model.text_head import _CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from train.checkpoint import SHARD_BYTES
-from train.config import Config
+from train.config import REDUCE_BUCKET, Config
 from train.precision import uses_bf16
 from train.ranks import pick_device
 
@@ -224,7 +224,7 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
         "average": 4 * part,
         "casts": casts,
         "gathered": gathered,
-        "buckets": bucket * _zero(config, "reduce_bucket_size", 5e8),
+        "buckets": bucket * _zero(config, "reduce_bucket_size", REDUCE_BUCKET),
         "evaluation": 4 * numbers if config.eval.every else 0,
         "host": host,
         "saving": checkpoint if keep.background else min(checkpoint, 2 * SHARD_BYTES),

@@ -23,7 +23,7 @@ from tests.launch.launchers import (
 
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 PROGRAMS = ("munged", "sbatch", "slurmctld", "slurmd")
-UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING")
 STEPS = 100
 
 

@@ -41,6 +41,9 @@ BACKENDS = {
     "zero-3-offload": (2, EngineSection("deepspeed", 3, offload=True)),
     "ddp-recompute": (2, EngineSection(activation_checkpointing=True)),
     "zero-3-recompute": (2, EngineSection("deepspeed", 3, activation_checkpointing=True)),
+    "single-compile": (1, EngineSection(compile=True)),
+    "ddp-compile": (2, EngineSection(compile=True, activation_checkpointing=True)),
+    "zero-2-compile": (2, EngineSection("deepspeed", 2, compile=True)),
 }
 CASES = [(micro, uneven) for micro in (1, 2) for uneven in (False, True)]
 
@@ -105,7 +108,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(name, marks=pytest.mark.slow if name.endswith(("offload", "alone", "recompute")) else ())
+        pytest.param(name, marks=pytest.mark.slow if name.endswith(("offload", "alone", "recompute", "compile")) else ())
         for name in BACKENDS
         if name != "single"
     ],
