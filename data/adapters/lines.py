@@ -173,7 +173,8 @@ def text_records(path: str) -> Found:
     blank = False
     with open(path, encoding="utf-8-sig", newline="") as file:
         while line := file.readline(_TEXT_DOCUMENT):
-            if blank and line.strip():
+            # Also where no blank line is found far and wide.
+            if (blank and line.strip()) or size >= 2 * _TEXT_DOCUMENT:
                 paragraphs.append("".join(current))
                 current = []
                 if size >= _TEXT_DOCUMENT:
@@ -183,8 +184,6 @@ def text_records(path: str) -> Found:
             size += len(line)
             line_number += line.endswith("\n")
             blank = not line.strip()
-            if size >= 2 * _TEXT_DOCUMENT:  # no blank line far and wide
-                blank = True
     if current:
         paragraphs.append("".join(current))
     if paragraphs:
