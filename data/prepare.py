@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data.adapters import KINDS, RawDocument, Rejection, Unit, find_units, read
+from data.adapters import KINDS, RawDocument, RawImage, Rejection, Unit, find_units, read
 from data.adapters.files import one_line
 from data.adapters.forms import Columns, load_columns
 from data.command import OneLineParser, add_input, fail
@@ -354,25 +354,42 @@ def _items(job: Job, unit: Unit, fate: _Fate, beat: Any) -> Iterator[RawDocument
             return
 
 
-def make_row(raw: RawDocument, encoder: Encoder, decode: bool) -> dict[str, Any]:
-    """A document as a row of SCHEMA. Raises ValueError for an image that cannot be read."""
+def measure(raw: RawDocument, decode: bool) -> Document:
+    """The document with the sizes of its images alone. Raises ValueError for an image that cannot be read.
+
+    With decode=True images are read as a whole, not only their headers.
+    """
     segments: list[Text | Image] = []
-    rows = []
     for number, segment in enumerate(raw.segments, 1):
         if isinstance(segment, Text):
-            ids = encoder.tokenizer.encode_array(segment.text)
-            segments.append(Text(segment.text, segment.learn, ids))
-            rows.append({"text": segment.text, "ids": ids, "learn": segment.learn})
+            segments.append(segment)
             continue
         try:
             height, width = load_image(segment.data).shape[:2] if decode else image_size(segment.data)
         except ValueError as error:
             raise ValueError(f"segment {number}: {error}") from None
         segments.append(Image(height, width, None, segment.learn))
-        rows.append({"image": segment.data, "height": height, "width": width, "learn": segment.learn})
+    return Document(tuple(segments), raw.id, raw.source)
+
+
+def make_row(raw: RawDocument, encoder: Encoder, decode: bool) -> dict[str, Any]:
+    """A document as a row of SCHEMA, without its empty texts. Raises ValueError for an image that cannot be read."""
+    segments: list[Text | Image] = []
+    rows = []
+    empty = dict.fromkeys(("text", "ids", "image", "height", "width"))
+    for given, segment in zip(raw.segments, measure(raw, decode).segments, strict=True):
+        if isinstance(segment, Image) and isinstance(given, RawImage):
+            segments.append(segment)
+            rows.append({"image": given.data, "height": segment.height, "width": segment.width})
+        elif isinstance(segment, Text) and segment.text:
+            ids = encoder.tokenizer.encode_array(segment.text)
+            segments.append(Text(segment.text, segment.learn, ids))
+            rows.append({"text": segment.text, "ids": ids})
+        else:
+            continue
+        rows[-1] = {**empty, **rows[-1], "learn": segment.learn}
     document = Document(tuple(segments))
     slots, dropped = encoder.length(document), encoder.length(drop_condition(document))
-    rows = [dict.fromkeys(("text", "ids", "image", "height", "width")) | row for row in rows]
     return {"id": raw.id, "source": raw.source, "slots": slots, "slots_dropped": dropped, "segments": rows}
 
 

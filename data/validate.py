@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.adapters import KINDS, RawDocument, RawImage, Unit, find_units, read
+from data.adapters import KINDS, RawDocument, Unit, find_units, read
 from data.adapters.files import one_line
 from data.adapters.forms import Columns, load_columns
 from data.command import OneLineParser, fail
 from data.document import Document, Image
 from data.encode import Encoder, drop_condition
-from data.image import image_size, load_image
-from data.prepare import sha256_of
+from data.prepare import measure, sha256_of
 from data.source.prepared import Prepared
 from data.tokenizer import Tokenizer
 
@@ -102,9 +101,7 @@ def check_raw(
             yield f"{item.input}: {item.where}: {item.reason}"
             continue
         try:
-            for segment in item.segments:
-                if isinstance(segment, RawImage):
-                    load_image(segment.data) if decode else image_size(segment.data)
+            measure(item, decode)
             yield None
         except ValueError as error:
             yield f"{item.input}: {item.where}: {one_line(error)}"

@@ -225,8 +225,7 @@ def _document(
     for number, segment in enumerate(outline, 1):
         try:
             if isinstance(segment, Text):
-                if _checked(segment.text):
-                    segments.append(segment)
+                segments.append(Text(_checked(segment.text), segment.learn))
                 continue
             image = segment.image
             if members is not None and isinstance(image, str):
@@ -240,7 +239,7 @@ def _document(
         if size > MAX_DOCUMENT_BYTES:
             raise ValueError(f"its images are more than {MAX_DOCUMENT_BYTES} bytes")
         segments.append(RawImage(data, segment.learn))
-    if not segments:
+    if not any(isinstance(segment, RawImage) or segment.text for segment in segments):
         raise ValueError("holds neither text nor image")
     return RawDocument(path, where, tuple(segments), id, source)
 

@@ -142,6 +142,8 @@ def csv_records(path: str, start: int, stop: int | None, number: int) -> Found:
         if start:
             file.seek(start)
         stop = os.path.getsize(path) if stop is None else stop
+        if file.tell() >= stop:
+            raise ValueError("holds no rows behind its header")
         for values in _csv_reader(file, path):
             if len(values) == len(header):
                 yield f"row {number}", dict(zip(header, values, strict=True))

@@ -60,9 +60,9 @@ def tar_records(path: str) -> Iterator[tuple[str, Any, dict[str, bytes]]]:
 
 def _split(name: str) -> tuple[str, str]:
     """(key, extension): the name is cut at the first dot of its last part."""
-    folder, _, last = name.rpartition("/")
+    folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+    return folder + slash + stem, extension.lower()
 
 
 def _record(key: str, members: dict[str, bytes]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _members(file: BinaryIO, limit: int | None) -> Iterator[Member]:
 
     Written out, because tarfile reads names of any length into memory and takes a damaged header for the end.
     """
-    long_name, damaged = "", False
+    name = long_name = damage = ""
     while block := file.read(_BLOCK):
         _check_ratio(file, limit)
         if block.count(0) == _BLOCK:  # ends an archive; another one may follow
@@ -99,11 +99,10 @@ def _members(file: BinaryIO, limit: int | None) -> Iterator[Member]:
         except tarfile.HeaderError:
             header = None
         if header is None or header.size < 0:
-            if not damaged:
-                yield f"byte {file.tell() - _BLOCK}", ValueError("the archive is damaged; looking for the next member")
-            damaged = True
+            if not damage:  # a member is lost, of the sample before or of the one that comes
+                damage = f"the archive is damaged at byte {file.tell() - _BLOCK}, a member of the sample may be lost"
+                yield name, ValueError(damage)
             continue
-        damaged = False
         size, kind = header.size, header.type
         if kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
             if size > _MAX_NAME_BYTES:
@@ -118,7 +117,7 @@ def _members(file: BinaryIO, limit: int | None) -> Iterator[Member]:
         name, long_name = (long_name or header.name).removeprefix("./"), ""
         if kind == tarfile.DIRTYPE:
             continue
-        reason = _refused(name, header)
+        reason, damage = damage or _refused(name, header), ""
         if reason:
             if kind not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
                 _skip(file, size, limit)
