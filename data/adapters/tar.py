@@ -88,6 +88,7 @@ def _members(file: BinaryIO, limit: int | None) -> Iterator[Member]:
     Written out, because tarfile reads names of any length into memory and takes a damaged header for the end.
     """
     name = long_name = damage = ""
+    long_size = -1
     while block := file.read(_BLOCK):
         _check_ratio(file, limit)
         if block.count(0) == _BLOCK:  # ends an archive; another one may follow
@@ -111,10 +112,13 @@ def _members(file: BinaryIO, limit: int | None) -> Iterator[Member]:
             if kind == tarfile.GNUTYPE_LONGNAME:
                 long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == tarfile.XHDTYPE:
-                found = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", data)
-                long_name = found[1].decode("utf-8", "surrogateescape") if found else long_name
+                pax = dict(re.findall(rb"(?:^|\n)\d+ (path|size)=([^\n]*)(?=\n)", data))
+                long_name = pax.get(b"path", b"").decode("utf-8", "surrogateescape") or long_name
+                long_size = int(pax.get(b"size", b"-1"))
             continue
         name, long_name = (long_name or header.name).removeprefix("./"), ""
+        header.size, long_size = (header.size if long_size < 0 else long_size), -1
+        size = header.size
         if kind == tarfile.DIRTYPE:
             continue
         reason, damage = damage or _refused(name, header), ""

@@ -86,12 +86,13 @@ def documents(path: Path | str, columns: str | None = None, **options: Any) -> l
 
 
 def outline(document: RawDocument | Rejection) -> list[Any]:
-    """Texts and images (as their size) with their learn flag, or the reason of a rejection."""
+    """Texts (empty ones left out) and images (as their size) with their learn flag, or the reason of a rejection."""
     if isinstance(document, Rejection):
         return [document.where, document.reason]
     return [
         (s.text, s.learn) if isinstance(s, Text) else (PIL.Image.open(io.BytesIO(s.data)).size, s.learn)
         for s in document.segments
+        if not isinstance(s, Text) or s.text
     ]
 
 

@@ -279,7 +279,7 @@ OTHER = {
     "arrow": b"ARROW1\0\0",
 }  # fmt: skip
 # What is empty in its format holds no document, and nothing is wrong with it.
-EMPTY = {("nothing", f"a.{suffix}") for suffix in ("jsonl", "json", "txt", "tar", "tar.gz")} | {("zeros", "a.tar")}
+EMPTY = {("nothing", f"a.{suffix}") for suffix in ("jsonl", "json", "txt", "tar", "tar.gz")} | {("zeros", "a.tar"), ("zeros", "a.tar.gz")}
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.tar", "a.tar.gz", "a.json", "a.csv", "a.jsonl", "a.txt"])
