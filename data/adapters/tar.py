@@ -123,11 +123,16 @@ def _members(file: BinaryIO, limit: int | None) -> Iterator[Member]:
             continue
         reason, damage = damage or _refused(name, header), ""
         if reason:
+            yield name, ValueError(f"{shorten(name)}: {reason}")
             if kind not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
                 _skip(file, size, limit)
-            yield name, ValueError(f"{shorten(name)}: {reason}")
-        else:
-            yield name, _content(file, size)
+            continue
+        try:
+            data = _content(file, size)
+        except ValueError as error:  # the samples before this one are whole
+            yield name, error
+            return
+        yield name, data
 
 
 def _refused(name: str, header: tarfile.TarInfo) -> str | None:
