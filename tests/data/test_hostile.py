@@ -235,7 +235,7 @@ def test_damaged_archives(tmp_path) -> None:
     assert all(f"the archive is damaged at byte {2 * block}" in reason for reason in found.values())
     path.write_bytes(content[: 3 * block + 700])
     assert kept(path) == ["0"]
-    assert rejections(path)["after sample 3"] == "cannot be read on: the archive is cut off"
+    assert list(rejections(path).items())[-1] == ("after sample 1", "cannot be read on: the archive is cut off")
     path.write_bytes(content[: block + 700])
     assert kept(path) == ["0"]
     assert rejections(path) == {"sample 1": "the archive is cut off"}
