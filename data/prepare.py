@@ -17,6 +17,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,8 @@ from data.tokenizer import Tokenizer
 
 # Rows that are written at a time; fewer where images are large. They bound the memory that a process needs.
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**24
+# A worker's beat outside of documents.
+_STARTING, _CLOSING = -1, -2
 _COUNTS = ("documents", "rejected", "texts", "images", "tokens", "patches", "slots", "image_bytes")
 
 
@@ -68,6 +71,7 @@ class _Fate:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit status 0: done; 2: the input or an option is wrong; 1: something failed in the middle of work."""
     options = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # about odd images; what counts is whether they can be read
     try:
         with begin(options) as (job, units):
             try:
@@ -121,7 +125,12 @@ def begin(arguments: argparse.Namespace) -> Iterator[tuple[Job, list[Unit]]]:
               arguments.image_folder, arguments.decode)  # fmt: skip
     Encoder(tokenizer, job.patch_size, job.min_patches, job.max_patches)  # raises for impossible numbers
     units = find_units(arguments.input, arguments.format, arguments.shard_documents)
-    sizes = {path: os.path.getsize(path) for unit in units for path in unit.paths if os.path.exists(path)}
+    sizes = {
+        path: sha256_of(Path(path)) if unit.kind == "hf" else os.path.getsize(path)
+        for unit in units
+        for path in unit.paths
+        if os.path.exists(path)
+    }
     described = json.dumps([[asdict(unit), [sizes.get(path) for path in unit.paths]] for unit in units], default=str)
     options = {
         "input": arguments.input,
@@ -193,24 +202,28 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
         # Step: 2 k while document k of the unit is read, 2 k + 1 while it is looked at. And documents so far.
-        self.beat = context.RawArray("q", [-1, 0])
+        self.beat = context.RawArray("q", [_STARTING, 0])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, job, self.beat), daemon=True)
         self.process.start()
         theirs.close()
         self.number: int | None = None
-        self.seen, self.since = -1, time.monotonic()
+        self.seen, self.since = _STARTING, time.monotonic()
 
     def give(self, number: int, unit: Unit, fate: _Fate) -> None:
-        self.beat[0] = -1
-        self.number, self.seen, self.since = number, -1, time.monotonic()
+        self.beat[0] = _STARTING
+        self.number, self.seen, self.since = number, _STARTING, time.monotonic()
         self.pipe.send((number, unit, fate))
 
     def hangs(self, timeout: float) -> bool:
-        """Whether it has been at the same step for `timeout` seconds; starting up may take a minute more."""
+        """Whether it has been at the same step for `timeout` seconds; starting up may take a minute more.
+
+        Writing the end of a shard takes as long as the shard is large.
+        """
         if self.beat[0] != self.seen:
             self.seen, self.since = self.beat[0], time.monotonic()
-        return time.monotonic() - self.since > timeout + (60 if self.seen < 0 else 0)
+        allowed = {_STARTING: timeout + 60, _CLOSING: float("inf")}.get(self.seen, timeout)
+        return time.monotonic() - self.since > allowed
 
     def end(self) -> None:
         self.process.kill()
@@ -235,7 +248,8 @@ def _share(job: Job, units: list[Unit], todo: list[int], count: int, timeout: fl
             for place, worker in enumerate(workers):
                 if worker.number is None:
                     continue
-                reason = f"took more than {timeout:g} seconds" if worker.hangs(timeout) else None
+                hangs = worker.hangs(timeout)
+                reason = f"took more than {timeout:g} seconds" if hangs else None
                 if worker.pipe in ready:
                     try:
                         message = worker.pipe.recv()
@@ -250,10 +264,10 @@ def _share(job: Job, units: list[Unit], todo: list[int], count: int, timeout: fl
                         bar.update()
                         continue
                 if reason:
-                    step = worker.beat[0]
                     worker.end()
+                    step = worker.seen if hangs else worker.beat[0]
                     if step < 0:
-                        raise RuntimeError(f"a worker process could not start: {reason}")
+                        raise RuntimeError(f"a worker process failed outside of any document: {reason}")
                     fate = fates[worker.number]
                     if step % 2:
                         fate.refused[step // 2] = reason
@@ -282,6 +296,7 @@ def _work(pipe: Connection, job: Job, beat: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    warnings.filterwarnings("ignore", module="PIL")
     while True:
         try:
             number, unit, fate = pipe.recv()
@@ -330,6 +345,7 @@ def make_shard(job: Job, unit: Unit, number: int, fate: _Fate, beat: Any = None)
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
                 batches.append(len(rows))
                 rows, size = [], 0
+        beat[0] = _CLOSING
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
             batches.append(len(rows))
