@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from data.image import image_size, load_image
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of text. With learn=False it is read as context and not trained on."""
+    """A stretch of text. With learn=False it is read as context and not trained on.
+
+    `ids` are its token ids, int32, where they are known already (prepared data); they follow from the text.
+    """
 
     text: str
     learn: bool = True
+    ids: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +67,21 @@ class Document:
     source: str = ""
 
 
-def parse_document(obj: Any, folder: Path, pixels: bool = True, where: str = "document") -> Document:
-    """Turn one decoded JSON object of the canonical schema into a Document.
+@dataclass(frozen=True)
+class ImageReference:
+    """An image segment as it is written down, before the picture is read.
 
-    Relative image paths are taken from `folder`. With pixels=False only the headers of image files are read.
-    Raises ValueError, one line that begins with `where` (such as "file.jsonl:12"), for anything that is not exactly
-    the schema: unknown keys, wrong types, no segments, invalid Unicode, missing or unreadable images.
+    `image` is whatever stands there: in JSON a path; elsewhere also the bytes of a file, or {"bytes", "path"}.
+    """
+
+    image: Any
+    learn: bool = True
+
+
+def parse_outline(obj: Any, where: str = "document") -> tuple[tuple[Text | ImageReference, ...], str, str]:
+    """(segments, id, source) of one decoded object of the canonical schema; no image is read.
+
+    Raises ValueError, one line that begins with `where`, for anything that is not exactly the schema.
     """
     if not isinstance(obj, dict):
         raise ValueError(f"{where}: expected a JSON object, got {_kind(obj)}")
@@ -76,8 +89,23 @@ def parse_document(obj: Any, folder: Path, pixels: bool = True, where: str = "do
     segments = obj.get("segments")
     if not isinstance(segments, list) or not segments:
         raise ValueError(f'{where}: "segments" must be a non-empty list')
-    parsed = tuple(_parse_segment(s, folder, pixels, f"{where}: segment {k}") for k, s in enumerate(segments, 1))
-    return Document(parsed, id=_string(obj, "id", where), source=_string(obj, "source", where))
+    parsed = tuple(_parse_segment(s, f"{where}: segment {k}") for k, s in enumerate(segments, 1))
+    return parsed, _string(obj, "id", where), _string(obj, "source", where)
+
+
+def parse_document(obj: Any, folder: Path, pixels: bool = True, where: str = "document") -> Document:
+    """Turn one decoded JSON object of the canonical schema into a Document.
+
+    Relative image paths are taken from `folder`. With pixels=False only the headers of image files are read.
+    Raises ValueError, one line that begins with `where` (such as "file.jsonl:12"), for anything that is not exactly
+    the schema: unknown keys, wrong types, no segments, invalid Unicode, missing or unreadable images.
+    """
+    outline, id, source = parse_outline(obj, where)
+    segments = [
+        s if isinstance(s, Text) else _read_image(s, folder, pixels, f"{where}: segment {k}")
+        for k, s in enumerate(outline, 1)
+    ]
+    return Document(tuple(segments), id, source)
 
 
 def from_json(line: str | bytes, folder: Path, pixels: bool = True, where: str = "document") -> Document:
@@ -111,27 +139,29 @@ def to_json(document: Document, folder: Path) -> str:
     return json.dumps({"id": document.id, "source": document.source, "segments": segments}, ensure_ascii=False)
 
 
-def _parse_segment(obj: Any, folder: Path, pixels: bool, where: str) -> Text | Image:
+def _parse_segment(obj: Any, where: str) -> Text | ImageReference:
     if not isinstance(obj, dict) or ("text" in obj) == ("image" in obj):
         raise ValueError(f'{where}: expected an object with either "text" or "image"')
     _refuse_unknown(obj, {"text", "image", "learn"}, where)
     learn = obj.get("learn", True)
     if not isinstance(learn, bool):
         raise ValueError(f'{where}: "learn" must be true or false, got {_kind(learn)}')
-    if "text" in obj:
-        return Text(_string(obj, "text", where), learn)
-    name = _string(obj, "image", where)
+    return Text(_string(obj, "text", where), learn) if "text" in obj else ImageReference(obj["image"], learn)
+
+
+def _read_image(reference: ImageReference, folder: Path, pixels: bool, where: str) -> Image:
+    name = _string({"image": reference.image}, "image", where)
     if not name:
         raise ValueError(f'{where}: "image" is an empty path')
     path = Path(folder, name)
     try:
         if not pixels:
             height, width = image_size(path)
-            return Image(height, width, None, learn)
+            return Image(height, width, None, reference.learn)
         array = load_image(path)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Image(array.shape[0], array.shape[1], array, learn)
+    return Image(array.shape[0], array.shape[1], array, reference.learn)
 
 
 def _string(obj: dict[str, Any], key: str, where: str) -> str:

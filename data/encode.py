@@ -56,7 +56,7 @@ class Encoder:
         slots = 2
         for segment in document.segments:
             if isinstance(segment, Text):
-                slots += self.tokenizer.count(segment.text)
+                slots += self.tokenizer.count(segment.text) if segment.ids is None else len(segment.ids)
             else:
                 rows, cols = self.grid(segment.height, segment.width)
                 slots += rows * cols + _IMAGE_FRAME
@@ -101,7 +101,8 @@ class Encoder:
         )
 
     def _text(self, segment: Text) -> tuple[np.ndarray, tuple[int, int], None]:
-        return self.tokenizer.encode_array(segment.text), (0, 0), None
+        ids = self.tokenizer.encode_array(segment.text) if segment.ids is None else segment.ids
+        return ids, (0, 0), None
 
     def _image(self, segment: Image, document: Document) -> tuple[np.ndarray, tuple[int, int], np.ndarray]:
         if segment.pixels is None:

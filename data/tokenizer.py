@@ -1,10 +1,14 @@
-"""Text to token ids and back, together with the special tokens that frame documents and images."""
+"""Text to token ids and back, together with the special tokens that frame documents and images.
+
+`python -m data.tokenizer train --input FILES --vocab_size N --out tokenizer.json` learns one from the text of any data
+that `python -m data.prepare` reads.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
@@ -32,6 +36,8 @@ class Tokenizer:
         """Use `inner` as it is. Raises ValueError where a special token is missing or would come out of plain text."""
         # Without this a user who types "<|bos|>" would smuggle a control token in. It is not kept in the JSON form.
         inner.encode_special_tokens = True
+        inner.no_truncation()  # files made for other models carry these settings; they would silently change the text
+        inner.no_padding()
         self.inner = inner
         vocabulary = inner.get_vocab(with_added_tokens=True)
         for name in _NAMES:
@@ -90,6 +96,24 @@ class Tokenizer:
         except Exception as error:  # the Rust side raises plain Exception for missing and malformed files alike
             raise ValueError(f"{os.fspath(path)}: not a usable tokenizer file: {error}") from error
 
+    @classmethod
+    def named(cls, name: str, max_grid: int = 64) -> Tokenizer:
+        """The tokenizer that a user names: "bytes", a `tokenizer.json`, or what `transformers.AutoTokenizer` loads.
+
+        Special tokens are appended where there are none, for images of up to max_grid x max_grid patches. Raises
+        ValueError naming what cannot be used.
+        """
+        if name == "bytes":
+            return cls.bytes(max_grid)
+        try:
+            if os.path.isfile(name):
+                inner = tokenizers.Tokenizer.from_file(name)
+            else:
+                inner = _auto_tokenizer(name)
+            return cls(inner) if inner.token_to_id("<|pad|>") is not None else cls.with_specials(inner, max_grid)
+        except Exception as error:  # the Rust side raises plain Exception, transformers all kinds
+            raise ValueError(f"{name}: not a usable tokenizer: {' '.join(str(error).split())}") from error
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, readable by `tokenizers` and `transformers`."""
         self.inner.save(os.fspath(path))
@@ -143,6 +167,20 @@ class Tokenizer:
         return self.inner.encode(text, add_special_tokens=False).ids
 
 
+def _auto_tokenizer(name: str) -> tokenizers.Tokenizer:
+    """From a folder or the Hub. Code that comes with a tokenizer is never run."""
+    if name.endswith(".json"):
+        raise ValueError("no such file")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError("no such file; ids of the Hub need pip install -e '.[hf]' -c constraints.txt") from None
+    inner = getattr(AutoTokenizer.from_pretrained(name), "backend_tokenizer", None)
+    if not isinstance(inner, tokenizers.Tokenizer):
+        raise ValueError("has no fast form (tokenizer.json)")
+    return tokenizers.Tokenizer.from_str(inner.to_str())
+
+
 def _from_json(json: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(json))
 
@@ -170,3 +208,42 @@ def _is_plain_bytes(inner: tokenizers.Tokenizer) -> bool:
     vocabulary = inner.get_vocab(with_added_tokens=False)
     byte_level = isinstance(inner.pre_tokenizer, pre_tokenizers.ByteLevel) and not inner.pre_tokenizer.add_prefix_space
     return byte_level and vocabulary == {c: byte for byte, c in enumerate(_byte_alphabet())}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit status 0: done; 2: the input or an option is wrong."""
+    from data.adapters import KINDS, RawDocument, find_units, read
+    from data.adapters.forms import load_columns
+    from data.command import OneLineParser, add_input, fail
+    from data.document import Text
+
+    parser = OneLineParser(prog="python -m data.tokenizer", description="Tokenizers of one's own.", allow_abbrev=False)
+    train = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="learn a byte-level BPE")
+    add_input(train, KINDS)
+    train.add_argument("--vocab_size", type=int, required=True, help="text ids at most: 256 bytes, then merges")
+    train.add_argument("--max_grid", type=int, default=64, help="most patch rows or columns of an image")
+    train.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.vocab_size < 256:
+            raise ValueError(f"--vocab_size is {arguments.vocab_size}; it must be at least 256")
+        columns = load_columns(arguments.columns) if arguments.columns else None
+        units = find_units(arguments.input, arguments.format)
+        documents = (
+            item
+            for unit in units
+            for item in read(unit, columns, arguments.image_folder)
+            if isinstance(item, RawDocument)
+        )
+        texts = (segment.text for document in documents for segment in document.segments if isinstance(segment, Text))
+        tokenizer = Tokenizer.train(texts, arguments.vocab_size, arguments.max_grid)
+        partial = f"{arguments.out}.tmp"
+        tokenizer.save(partial)
+        os.replace(partial, arguments.out)
+    except (ValueError, OSError) as error:
+        fail(error, 2)
+    print(f"{arguments.out}: {tokenizer.pad} text ids and {tokenizer.vocab_size - tokenizer.pad} special tokens")
+
+
+if __name__ == "__main__":
+    main()

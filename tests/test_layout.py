@@ -27,7 +27,7 @@ OUR_NAMES = {*ALLOWED, "tests"}
 # model is tensors in, tensors out; data is documents in, NumPy out.
 FOREIGN_TO: dict[str, set[str]] = {
     "model": {"accelerate", "datasets", "deepspeed", "jsonargparse", "transformers", "yaml"},
-    "data": {"accelerate", "deepspeed", "jsonargparse", "torch", "transformers"},
+    "data": {"accelerate", "deepspeed", "jsonargparse", "torch"},
 }
 
 # What only an extra or a separate install brings: the package must import without it.

@@ -1,0 +1,28 @@
+"""What the commands of this package share: one clear line for a mistake, and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose mistakes are reported as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)", 2)
+
+
+def fail(message: object, status: int) -> NoReturn:
+    """End the process with one line. Status 2: the input is wrong; 1: something failed in the middle of work."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def add_input(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
+    """The options that say what is read, and how."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders, or a column mapping")
+    parser.add_argument("--format", choices=("auto", *kinds), default="auto", help="default: by the names of the files")
+    parser.add_argument("--columns", metavar="FILE.yaml", help="which columns make a document (docs/data-format.md)")
+    parser.add_argument("--image_folder", metavar="DIR", help="image paths lie in it (default: beside the file)")

@@ -1,0 +1,143 @@
+"""Documents of a prepared set (`python -m data.prepare`), by memory map."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data.document import Document, Image, Text
+from data.encode import Encoder
+from data.image import load_image
+from data.tokenizer import Tokenizer
+
+FORMAT = 1
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("slots", pa.int32()),  # of the encoded document
+        ("slots_dropped", pa.int32()),  # the same after data.encode.drop_condition
+        (
+            "segments",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("text", pa.string()),
+                        ("ids", pa.list_(pa.int32())),
+                        ("image", pa.binary()),  # the file as it came
+                        ("height", pa.int32()),  # in pixels, EXIF orientation applied
+                        ("width", pa.int32()),
+                        ("learn", pa.bool_()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+_FIELDS = ("text", "ids", "image", "height", "width", "learn")
+# Shards that a process keeps open: each holds a file descriptor.
+_OPEN_SHARDS = 64
+
+
+class Prepared:
+    """The documents of the folder in which `python -m data.prepare` wrote them.
+
+    `slots` is int32 (2, N), memory-mapped: the slots of each document, and those that it has after
+    `data.encode.drop_condition`. They hold for the tokenizer and the patches it was prepared with; see `check`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ValueError naming the file where the folder holds no prepared set of this format."""
+        self.path = Path(path)
+        self.name = self.path.resolve().name
+        manifest = self._read_manifest()
+        self.options: dict[str, Any] = manifest["options"]
+        self._files: list[str] = [shard["file"] for shard in manifest["shards"]]
+        self._first_batch = np.cumsum([0, *(shard["batches"] for shard in manifest["shards"])])
+        self._documents: int = manifest["documents"]
+        self._open()
+
+    def __len__(self) -> int:
+        return self._documents
+
+    def document(self, index: int, pixels: bool = True) -> Document:
+        """Document `index`, its texts with their ids. Raises ValueError naming it where an image cannot be decoded."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: document {index} of {len(self)}")
+        batch = int(np.searchsorted(self._batches, index, side="right")) - 1
+        shard = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
+        rows = self._shard(shard).get_batch(batch - int(self._first_batch[shard]))
+        row = index - int(self._batches[batch])
+        id, source = rows.column("id")[row].as_py(), rows.column("source")[row].as_py()
+        parts = rows.column("segments")[row].values
+        texts, ids, images, heights, widths, learns = (parts.field(name) for name in _FIELDS)
+        segments: list[Text | Image] = []
+        for k in range(len(parts)):
+            learn = learns[k].as_py()
+            if not images[k].is_valid:
+                segments.append(Text(texts[k].as_py(), learn, ids[k].values.to_numpy()))
+                continue
+            height, width = heights[k].as_py(), widths[k].as_py()
+            array = None
+            if pixels:
+                try:
+                    array = load_image(images[k].as_py())
+                    if array.shape[:2] != (height, width):
+                        raise ValueError(f"is {array.shape[0]} x {array.shape[1]} pixels, not {height} x {width}")
+                except ValueError as error:
+                    where = f"{self.path}: document {index} ({id!r}): segment {k + 1}"
+                    raise ValueError(f"{where}: {error}") from error
+            segments.append(Image(height, width, array, learn))
+        return Document(tuple(segments), id, source)
+
+    def check(self, encoder: Encoder) -> None:
+        """Raises ValueError unless the encoder makes what the set was prepared for."""
+        for name in ("patch_size", "min_patches", "max_patches"):
+            if getattr(encoder, name) != self.options[name]:
+                raise ValueError(
+                    f"{self.path}: was prepared with {name} {self.options[name]}, the run has {getattr(encoder, name)}"
+                )
+        if Tokenizer.load(self.path / "tokenizer.json").inner.to_str() != encoder.tokenizer.inner.to_str():
+            raise ValueError(f"{self.path}: was prepared with another tokenizer; use {self.path / 'tokenizer.json'}")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ValueError(f"{self.path}: no prepared set: it has no manifest.json") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ValueError(f"{path}: is not of format {FORMAT}; prepare the data again")
+        return manifest
+
+    def _open(self) -> None:
+        try:
+            self.slots: np.ndarray = np.load(self.path / "lengths.npy", mmap_mode="r")
+            self._batches = np.load(self.path / "batches.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path}: cannot be read: {error}") from None
+        if self.slots.shape != (2, len(self)) or self.slots.dtype != np.int32 or self._batches[-1] != len(self):
+            raise ValueError(f"{self.path}: lengths.npy or batches.npy does not fit manifest.json; prepare it again")
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+
+    def _open_shard(self, number: int) -> pa.ipc.RecordBatchFileReader:
+        path = self.path / self._files[number]
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("slots", "_batches", "_shard")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
