@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,6 +62,10 @@ class Encoder:
                 rows, cols = self.grid(segment.height, segment.width)
                 slots += rows * cols + _IMAGE_FRAME
         return slots
+
+    def patches(self, document: Document) -> int:
+        """Number of patches of `encode(document)`. Needs no pixels."""
+        return sum(math.prod(self.grid(s.height, s.width)) for s in document.segments if isinstance(s, Image))
 
     def encode(self, document: Document) -> Columns:
         """Columns of one document; `document` is 1 everywhere. Raises ValueError for an image without pixels.

@@ -405,24 +405,21 @@ def make_row(raw: RawDocument, encoder: Encoder, decode: bool) -> dict[str, Any]
             continue
         rows[-1] = {**empty, **rows[-1], "learn": segment.learn}
     document = Document(tuple(segments))
-    slots, dropped = encoder.length(document), encoder.length(drop_condition(document))
-    return {"id": raw.id, "source": raw.source, "slots": slots, "slots_dropped": dropped, "segments": rows}
+    lengths = {"slots": encoder.length(document), "slots_dropped": encoder.length(drop_condition(document))}
+    return {"id": raw.id, "source": raw.source, **lengths, "patches": encoder.patches(document), "segments": rows}
 
 
 def _count(row: dict[str, Any], counts: dict[str, int]) -> None:
     counts["documents"] += 1
     counts["slots"] += row["slots"]
-    patches = row["slots"] - 2
+    counts["patches"] += row["patches"]
     for segment in row["segments"]:
         if segment["image"] is None:
             counts["texts"] += 1
             counts["tokens"] += len(segment["ids"])
-            patches -= len(segment["ids"])
         else:
             counts["images"] += 1
             counts["image_bytes"] += len(segment["image"])
-            patches -= 4  # <boi> <rows> <cols> <eoi>
-    counts["patches"] += patches
 
 
 def _finish(job: Job, units: list[Unit]) -> None:
@@ -469,14 +466,14 @@ def _finish(job: Job, units: list[Unit]) -> None:
 def _write_lengths(out: Path, records: list[dict[str, Any]], documents: int) -> dict[str, int]:
     """lengths.npy from the shards, and how many documents have up to 2, 4, 8, ... slots."""
     path, bins = out / "lengths.npy", np.zeros(33, np.int64)
-    array = np.lib.format.open_memmap(_tmp(path), "w+", np.int32, (2, documents))
+    array = np.lib.format.open_memmap(_tmp(path), "w+", np.int32, (3, documents))
     start = 0
     for number, record in enumerate(records):
         with pa.memory_map(str(_shard(out, number))) as file:
             reader = pa.ipc.open_file(file)
             for index in range(len(record["batches"])):
                 batch = reader.get_batch(index)
-                part = np.stack([batch.column(name).to_numpy() for name in ("slots", "slots_dropped")])
+                part = np.stack([batch.column(name).to_numpy() for name in ("slots", "slots_dropped", "patches")])
                 array[:, start : start + batch.num_rows] = part
                 bins += np.bincount(np.ceil(np.log2(part[0])).astype(np.int64), minlength=33)
                 start += batch.num_rows

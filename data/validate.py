@@ -76,19 +76,20 @@ def check_prepared(path: Path, decode: bool = False) -> Iterator[str | None]:
     for index in range(len(prepared)):
         try:
             document = prepared.document(index, pixels=decode)
-            _check_document(document, encoder, prepared.slots[:, index])
+            _check_document(document, encoder, [*prepared.slots[:, index].tolist(), prepared.patches[index]])
             yield None
         except Exception as error:  # whatever it is, it is the document's
             yield f"{path}: document {index}: {one_line(error)}"
 
 
-def _check_document(document: Document, encoder: Encoder, slots: np.ndarray) -> None:
+def _check_document(document: Document, encoder: Encoder, lengths: list[int]) -> None:
     for number, segment in enumerate(document.segments, 1):
         if isinstance(segment, Image) or segment.ids is None:
             continue
         if not np.array_equal(segment.ids, encoder.tokenizer.encode_array(segment.text)):
             raise ValueError(f"segment {number}: its ids are not those of its text")
-    if [encoder.length(document), encoder.length(drop_condition(document))] != slots.tolist():
+    found = [encoder.length(document), encoder.length(drop_condition(document)), encoder.patches(document)]
+    if found != lengths:
         raise ValueError("its length is not what lengths.npy says")
 
 

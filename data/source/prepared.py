@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("slots", pa.int32()),  # of the encoded document
         ("slots_dropped", pa.int32()),  # the same after data.encode.drop_condition
+        ("patches", pa.int32()),
         (
             "segments",
             pa.list_(
@@ -49,7 +50,8 @@ class Prepared:
     """The documents of the folder in which `python -m data.prepare` wrote them.
 
     `slots` is int32 (2, N), memory-mapped: the slots of each document, and those that it has after
-    `data.encode.drop_condition`. They hold for the tokenizer and the patches it was prepared with; see `check`.
+    `data.encode.drop_condition`; `patches` is int32 (N,). They hold for the tokenizer and the patches that the set was
+    prepared with; see `check`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -120,12 +122,14 @@ class Prepared:
 
     def _open(self) -> None:
         try:
-            self.slots: np.ndarray = np.load(self.path / "lengths.npy", mmap_mode="r")
+            lengths = np.load(self.path / "lengths.npy", mmap_mode="r")
             self._batches = np.load(self.path / "batches.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot be read: {error}") from None
-        if self.slots.shape != (2, len(self)) or self.slots.dtype != np.int32 or self._batches[-1] != len(self):
+        if lengths.shape != (3, len(self)) or lengths.dtype != np.int32 or self._batches[-1] != len(self):
             raise ValueError(f"{self.path}: lengths.npy or batches.npy does not fit manifest.json; prepare it again")
+        self.slots: np.ndarray = lengths[:2]
+        self.patches: np.ndarray = lengths[2]
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
     def _open_shard(self, number: int) -> pa.ipc.RecordBatchFileReader:
@@ -136,7 +140,8 @@ class Prepared:
             raise ValueError(f"{path}: cannot be read: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("slots", "_batches", "_shard")}
+        opened = ("slots", "patches", "_batches", "_shard")
+        return {name: value for name, value in vars(self).items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

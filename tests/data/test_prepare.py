@@ -91,6 +91,7 @@ def test_the_set_is_what_the_documents_encode_to(tmp_path) -> None:
                 assert np.array_equal(getattr(encoder.encode(document), name), getattr(expected_columns, name))
         dropped = encoder.encode(drop_condition(expected))
         assert source.slots[:, index].tolist() == [len(expected_columns.token), len(dropped.token)]
+        assert source.patches[index] == len(expected_columns.patches)
         assert all(s.pixels is None for s in source.document(index, pixels=False).segments if isinstance(s, Image))
     assert source.slots.dtype == np.int32
     shards = sorted((tmp_path / "out/shards").iterdir())
@@ -383,7 +384,7 @@ def test_damaged_sets_are_refused_by_name(tmp_path) -> None:
     with pytest.raises(ValueError, match="no prepared set"):
         Prepared(tmp_path)
     run("--input", SAMPLES / "canonical.jsonl", "--out", tmp_path / "out")
-    np.save(tmp_path / "out/lengths.npy", np.zeros((2, 7), np.int32))
+    np.save(tmp_path / "out/lengths.npy", np.zeros((3, 7), np.int32))
     with pytest.raises(ValueError, match="does not fit manifest"):
         Prepared(tmp_path / "out")
     (tmp_path / "out/lengths.npy").unlink()
