@@ -173,6 +173,11 @@ class _Keeps:
         """Input and output of a LayerNorm: float32 under CUDA's autocast, as they come under the CPU's."""
         return 8 if self.cuda else 2 * self.product
 
+    @property
+    def modulated(self) -> int:
+        """A modulated LayerNorm, as the linear behind it reads it: in the precision of the norm's output."""
+        return self.read(1) if self.cuda else self.product
+
     def read(self, linears: int) -> int:
         """A float32 tensor that so many linears read. Autocast casts it for each; ZeRO-3's own linear keeps it as it
         is."""
@@ -295,7 +300,7 @@ def _attended(model: ModelConfig, keeps: _Keeps) -> int:
 def _head_block(width: int, keeps: _Keeps) -> int:
     """Of one draw in one block of the diffusion head: LayerNorm with mean and deviation, 1 + scale, the modulated input
     of `up`, the three modulations, up, silu(up), down."""
-    return width * (keeps.layer_norm + keeps.product + keeps.read(1) + 6 * keeps.product) + 8
+    return width * (keeps.layer_norm + keeps.product + keeps.modulated + 6 * keeps.product) + 8
 
 
 def _head_ends(model: ModelConfig, keeps: _Keeps, recompute: bool) -> int:
@@ -306,5 +311,5 @@ def _head_ends(model: ModelConfig, keeps: _Keeps, recompute: bool) -> int:
     modulator = 4 + keeps.read(model.head.depth + 1)
     if recompute:  # blocks then read one float32 tensor, of which the last modulation may have its own cast
         modulator = 4 + 4 + (keeps.read(1) if keeps.read(1) < 4 else 0)
-    final = width * (keeps.layer_norm + keeps.product + keeps.read(1)) + 8
+    final = width * (keeps.layer_norm + keeps.product + keeps.modulated) + 8
     return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width
