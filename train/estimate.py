@@ -265,7 +265,8 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
     block = slots * _block(model, keeps) + attended * _attended(model, keeps)
     head_block = draws * _head_block(model.head.width, keeps)
     recompute = config.engine.activation_checkpointing
-    recomputed = max(block, head_block) if recompute else 0
+    cast = draws * model.head.width * (keeps.read(2) - keeps.read(1))  # each block's own, of the modulator
+    recomputed = max(block, head_block + cast) if recompute else 0
     if recompute:  # blocks keep their inputs: the residual stream, in the head the stream and the modulator
         block, head_block = slots * 4 * model.dim, draws * keeps.product * model.head.width
     around = (
