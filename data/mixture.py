@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,29 +106,26 @@ class Stream:
         One that cannot be read is replaced by the next of its source that is no longer and can be read.
         """
         found, replaced = [], []
-        for id in ids.tolist():
+        for use in self._uses(epoch, ids):
             try:
-                found.append(self._load(epoch, id))
+                found.append(self._make(use))
             except (ValueError, OSError) as error:
                 replaced.append(str(error))
-                found.append(self._stand_in(epoch, id, error))
+                found.append(self._stand_in(epoch, use, error))
         return found, replaced
 
     def work(self, n: int) -> Work:
         """The cost of row n."""
-        epoch, ids = self.plan.row(n)
         lengths, patches = [], 0
-        for id in ids.tolist():
-            whole = id % self.plan.num_documents
-            slots = int(self._whole_slots(epoch, np.array([whole]))[0])
+        for use in self._uses(*self.plan.row(n)):
+            slots = use.slots
             if slots > self.row_length:
-                document = self._load(epoch, id, pixels=False)
-                lengths.append(self.encoder.length(document))
+                document = self._make(use, pixels=False)
+                slots = self.encoder.length(document)
                 patches += self._count_patches(document)
             else:
-                source, index = self._locate(whole)
-                lengths.append(slots)
-                patches += int(self._patches[source][index])
+                patches += int(self._patches[use.source][use.index])
+            lengths.append(slots)
         return Work(sum(lengths), patches, sum(length**2 for length in lengths))
 
     def seen(self, n: int) -> dict[str, Seen]:
@@ -155,11 +153,6 @@ class Stream:
                 for index in np.flatnonzero(self._slots[number][form] > self.row_length).tolist():
                     document = source.document(index, pixels=False)
                     self._cut(number, index, drop_condition(document) if form else document)
-
-    def _locate(self, id: int) -> tuple[int, int]:
-        """(number of the source, index in the source) of a document."""
-        number = int(np.searchsorted(self._first_id, id, side="right")) - 1
-        return number, int(id - self._first_id[number]) % len(self.sources[number])
 
     def _is_dropped(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         return (hash_ids(ids, _DROP_CONDITION, self.seed, epoch) >> np.uint64(11)) < self._drop_below
@@ -208,22 +201,32 @@ class Stream:
         if not too_long.any():
             return ids, slots
         cut_ids, cut_slots = [], []
-        for id in ids[too_long].tolist():
-            for piece, document in enumerate(self._form(epoch, id, pixels=False)):
+        for id, use in zip(ids[too_long].tolist(), self._uses(epoch, ids[too_long]), strict=True):
+            for piece, document in enumerate(self._cut(use.source, use.index, self._form(use, pixels=False))):
                 cut_ids.append(id + piece * self.plan.num_documents)
                 cut_slots.append(self.encoder.length(document))
         return np.concatenate([ids[~too_long], cut_ids]), np.concatenate([slots[~too_long], cut_slots])
 
-    def _form(self, epoch: int, id: int, pixels: bool) -> list[Document]:
-        """The pieces, mostly one, of a document as it is used in this epoch."""
-        number, index = self._locate(id)
-        document = self.sources[number].document(index, pixels)
-        ids = np.array([id])
-        if self._is_dropped(epoch, ids)[0]:
-            document = drop_condition(document)
-        elif self._is_turned(epoch, ids)[0]:
-            document = picture_first(document)
-        return [document] if self._whole_slots(epoch, ids)[0] <= self.row_length else self._cut(number, index, document)
+    def _uses(self, epoch: int, ids: np.ndarray) -> list[_Use]:
+        pieces, whole = np.divmod(ids, self.plan.num_documents)
+        sources = np.searchsorted(self._first_id, whole, side="right") - 1
+        sizes = np.array([len(source) for source in self.sources])[sources]
+        indices = (whole - self._first_id[sources]) % sizes
+        draws = self._whole_slots(epoch, whole), self._is_dropped(epoch, whole), self._is_turned(epoch, whole)
+        columns = (whole, pieces, sources, indices, *draws)
+        return [_Use(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _form(self, use: _Use, pixels: bool) -> Document:
+        document = self.sources[use.source].document(use.index, pixels)
+        if use.dropped:
+            return drop_condition(document)
+        return picture_first(document) if use.turned else document
+
+    def _make(self, use: _Use, pixels: bool = True) -> Document:
+        document = self._form(use, pixels)
+        if use.slots <= self.row_length:
+            return document
+        return self._cut(use.source, use.index, document)[use.piece]
 
     def _cut(self, number: int, index: int, document: Document) -> list[Document]:
         try:
@@ -231,23 +234,29 @@ class Stream:
         except ValueError as error:
             raise ValueError(f"document {index} of source {self.sources[number].name!r}: {error}") from None
 
-    def _load(self, epoch: int, id: int, pixels: bool = True) -> Document:
-        piece, whole = divmod(id, self.plan.num_documents)
-        return self._form(epoch, whole, pixels)[piece]
-
-    def _stand_in(self, epoch: int, id: int, error: Exception) -> Document:
-        piece, whole = divmod(id, self.plan.num_documents)
-        number, _ = self._locate(whole)
-        first, end = self._first_id[number : number + 2].tolist()
-        room = self._pieces(epoch, np.array([whole]))[1][piece]
-        for other in range(whole + 1, whole + 1 + _STAND_INS):
-            other = first + (other - first) % (end - first)
-            try:
-                if self._whole_slots(epoch, np.array([other]))[0] <= room:
-                    return self._load(epoch, other)
-            except (ValueError, OSError):
-                continue
+    def _stand_in(self, epoch: int, use: _Use, error: Exception) -> Document:
+        first, end = self._first_id[use.source : use.source + 2].tolist()
+        room = self._pieces(epoch, np.array([use.id]))[1][use.piece]
+        after = first + (np.arange(use.id + 1, use.id + 1 + _STAND_INS) - first) % (end - first)
+        for other in self._uses(epoch, after):
+            if other.slots <= room:
+                try:
+                    return self._make(other)
+                except (ValueError, OSError):
+                    continue
         raise ValueError(f"{error}; and none of the {_STAND_INS} documents after it can be read and fits its place")
+
+
+class _Use(NamedTuple):
+    """How a document, or a piece of it, is used in an epoch."""
+
+    id: int  # of the whole document
+    piece: int
+    source: int  # number of the source
+    index: int  # in the source
+    slots: int  # of the whole document in this form
+    dropped: bool
+    turned: bool
 
 
 class Mixture:

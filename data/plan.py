@@ -95,11 +95,11 @@ class Plan:
         hand: int | None = None,
         parts: Sequence[int] | None = None,
     ) -> None:
-        """`hand`: documents of a hand, by default 4096, or row_length where that is more."""
+        """`hand`: documents of a hand, by default 4096, or twice row_length where that is more."""
         if num_documents < 1:
             raise ValueError("there are no documents to plan rows for")
         if hand is None:
-            hand = max(4096, row_length)  # so that a hand fills dozens of rows even with very short documents
+            hand = max(4096, 2 * row_length)  # so that a hand fills dozens of rows even with very short documents
         if row_length < 1 or hand < 1 or hands < 1:
             raise ValueError(f"row_length {row_length}, hand {hand} and hands {hands} must be at least 1")
         self.num_documents = num_documents
