@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +41,19 @@ class Seen:
     documents: int
     slots: int
     epochs: float
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How a document, or a piece of it, is used in an epoch."""
+
+    id: int  # of the whole document
+    piece: int
+    source: int  # number of the source
+    index: int  # in the source
+    slots: int  # of the whole document in this form
+    dropped: bool
+    turned: bool
 
 
 class Stream:
@@ -245,18 +257,6 @@ class Stream:
                 except (ValueError, OSError):
                     continue
         raise ValueError(f"{error}; and none of the {_STAND_INS} documents after it can be read and fits its place")
-
-
-class _Use(NamedTuple):
-    """How a document, or a piece of it, is used in an epoch."""
-
-    id: int  # of the whole document
-    piece: int
-    source: int  # number of the source
-    index: int  # in the source
-    slots: int  # of the whole document in this form
-    dropped: bool
-    turned: bool
 
 
 class Mixture:
