@@ -17,8 +17,8 @@ from data.source import MeasuredSource, Source
 
 # Beside the uses of hashes in data/plan.py.
 _DROP_CONDITION, _PICTURE_FIRST = 3, 4
-# Documents of a window: few where they have to be read to be measured, many where only numbers are looked up.
-_HANDS_MEASURED = 256
+# Hands of a window where lengths are only looked up; it is one where documents have to be read to be measured.
+HANDS_MEASURED = 256
 # Documents that are tried in place of one that cannot be read.
 _STAND_INS = 100
 # Longest period of the turns of weighted streams.
@@ -101,7 +101,7 @@ class Stream:
         self._turn_below = round(picture_first * 2**53)
         known = all(isinstance(source, MeasuredSource) for source in self.sources)
         self.plan = Plan(self._pieces, int(self._first_id[-1]), row_length, seed,
-                         hands=_HANDS_MEASURED if known else 1, parts=self._first_id[1:].tolist())  # fmt: skip
+                         hands=HANDS_MEASURED if known else 1, parts=self._first_id[1:].tolist())  # fmt: skip
 
     def row(self, n: int) -> tuple[Columns, list[str]]:
         """Columns of row n >= 0, of length row_length, and why which documents were replaced.
