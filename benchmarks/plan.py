@@ -44,18 +44,18 @@ def run(documents: list[int] | None = None, row_length: int = 2048, rows: int = 
     summary: list[Row] = [
         {
             "documents": row["documents"],
-            "first row, s": row["first_row_seconds"],
-            "last row of the epoch, s": row["last_row_seconds"],
-            "the same, ns per document": 1e9 * float(row["last_row_seconds"] or 0) / int(row["documents"] or 1),
-            "a next row, ms": row["next_row_milliseconds"],
+            "first row, s": row["first_row_cpu_seconds"],
+            "last row of the epoch, s": row["last_row_cpu_seconds"],
+            "the same, ns per document": 1e9 * float(row["last_row_cpu_seconds"] or 0) / int(row["documents"] or 1),
+            "a next row, ms": row["next_row_cpu_milliseconds"],
             "memory of the plan, MB": float(row["memory_bytes"] or 0) / 1e6,
             "filled, %": 100 * float(row["fill_rate"] or 0),
         }
         for row in measured
     ]
     notes = (
-        "One process per size. First row: a run that begins. Last row of the epoch: what a run pays once that resumes "
-        "there; all windows before it are counted, none of their rows is made. Memory: what Python and NumPy hold at "
+        "CPU time of one process per size. First row: a run that begins. Last row of the epoch: what a run pays once "
+        "that resumes there; all windows before it are counted, none of their rows is made. Memory: what Python and NumPy hold at "
         "the peak over the first seven windows, without the pages of the memory-mapped file of lengths."
     )
     figure = Figure(figsize=(5, 3.5))
@@ -63,7 +63,7 @@ def run(documents: list[int] | None = None, row_length: int = 2048, rows: int = 
     for key in ("first row, s", "last row of the epoch, s"):
         axis.plot([int(row["documents"] or 0) for row in summary], [float(row[key] or 0) for row in summary],
                   marker="o", label=key)  # fmt: skip
-    axis.set(xlabel="documents", ylabel="seconds", xscale="log", yscale="log", title="planning an epoch")
+    axis.set(xlabel="documents", ylabel="CPU seconds", xscale="log", yscale="log", title="planning an epoch")
     axis.legend()
     return Result("plan", measured, summary, notes, figure, packages=("numpy",))
 
@@ -93,24 +93,24 @@ def _plan(path: Path, row_length: int, rows: int, sender: Connection) -> None:
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    began = time.perf_counter()
+    began = time.process_time()
     plan = make()
     plan.row(0)
-    first = time.perf_counter() - began
+    first = time.process_time() - began
     plan.row(least - 1)
-    counted = time.perf_counter() - began
-    began = time.perf_counter()
+    counted = time.process_time() - began
+    began = time.process_time()
     for r in range(least - rows, least):
         plan.row(r)
-    each = (time.perf_counter() - began) / rows
+    each = (time.process_time() - began) / rows
     end = least
     while plan.row(end)[0] == 0:
         end += 1
     sender.send(
         {
-            "first_row_seconds": first,
-            "last_row_seconds": counted,
-            "next_row_milliseconds": 1e3 * each,
+            "first_row_cpu_seconds": first,
+            "last_row_cpu_seconds": counted,
+            "next_row_cpu_milliseconds": 1e3 * each,
             "memory_bytes": memory,
             "fill_rate": total / (row_length * end),
         }
