@@ -55,8 +55,8 @@ def run(documents: list[int] | None = None, row_length: int = 2048, rows: int = 
     ]
     notes = (
         "CPU time of one process per size. First row: a run that begins. Last row of the epoch: what a run pays once "
-        "that resumes there; all windows before it are counted, none of their rows is made. Memory: what Python and NumPy hold at "
-        "the peak over the first seven windows, without the pages of the memory-mapped file of lengths."
+        "that resumes there; all windows before it are counted, none of their rows is made. Memory: what Python and "
+        "NumPy hold at the peak over the first seven windows, without the pages of the memory-mapped file of lengths."
     )
     figure = Figure(figsize=(5, 3.5))
     axis = figure.subplots()
