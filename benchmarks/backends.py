@@ -58,7 +58,9 @@ def run(config: str = "configs/quickstart.yaml", rounds: int = 15, processes: in
                 "backend": name,
                 "step, ms": 1e3 * step,
                 # On several processes the rounds are others than those of the bare loop: medians, not pairs.
-                "step / bare loop": statistics.median(ratios) if world == 1 else step / statistics.median(bare.values()),
+                "step / bare loop": statistics.median(ratios)
+                if world == 1
+                else step / statistics.median(bare.values()),
             }
             if name != _BARE:
                 for kind in ("waiting", "in background"):
@@ -134,7 +136,7 @@ def _work(rank: int, config: Config, rounds: int, world: int, port: int, folder:
     saver = checkpoint.Saver(folder, tokenizer, config.checkpoint, writes=rank == 0)
     found: list[Row] = []
     for number in range(rounds + 1):
-        batches = rows[number]
+        batches = rows[number].batches
         local = [batch.counts() for batch in batches]
         text, image = ranks.total([float(sum(c)) for c in zip(*local, strict=True)])
         for name, step in steps.items():

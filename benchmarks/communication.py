@@ -149,7 +149,7 @@ def _work(config: Config, rank: int, world: int, port: int, out: Path) -> None:
     average = WeightAverage(engine.parts(), config.optim.ema_decay)
     for step in range(_STEPS):
         counter = _Counter()
-        batches = rows[step]
+        batches = rows[step].batches
         local = [batch.counts() for batch in batches]
         text, image = ranks.total([float(sum(c)) for c in zip(*local, strict=True)])
         with counter:

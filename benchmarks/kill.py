@@ -27,7 +27,6 @@ from typing import Literal
 from torch import Tensor
 
 from benchmarks.report import Result, Row
-from model.batch import Batch
 from train import checkpoint, pipeline
 from train.__main__ import main
 from train.checkpoint import Checkpoint
@@ -322,16 +321,17 @@ def _train(command: list[str], environment: dict[str, str], record: str, said: s
     folder.mkdir(exist_ok=True)
     read = pipeline.StepRows.__getitem__
 
-    def noted(rows: pipeline.StepRows, step: int) -> list[Batch]:
-        batches = read(rows, step)
-        documents = [rows.mixture.plan.row(row)[1].tolist() for row in rows.numbers(step)]
+    def noted(rows: pipeline.StepRows, step: int) -> pipeline.Step:
+        found = read(rows, step)
+        places = [rows.mixture.locate(row) for row in rows.numbers(step)]
+        documents = [stream.plan.row(number)[1].tolist() for stream, number in places]
         digest = hashlib.sha256()
-        for batch in batches:
+        for batch in found.batches:
             digest.update(_bits(batch.token_BS) + _bits(batch.patches_NP) + repr(batch.seed_B).encode())
         with (folder / str(rows.rank)).open("a") as file:
             # The line break comes first: what a killed process was writing spoils no line but its own.
             file.write("\n" + json.dumps([step, documents, digest.hexdigest()]))
-        return batches
+        return found
 
     pipeline.StepRows.__getitem__ = noted  # type: ignore[method-assign]
     sys.argv = ["train", *command]

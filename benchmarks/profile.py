@@ -45,7 +45,7 @@ def run(
 
     def step(number: int) -> None:
         marks = [time.perf_counter()]
-        batches = rows[number]
+        batches = rows[number].batches
         marks.append(time.perf_counter())
         text, image = (sum(c) for c in zip(*(batch.counts() for batch in batches), strict=True))
         for batch in batches:

@@ -13,6 +13,8 @@ from data.tokenizer import Tokenizer
 
 # Slots of an image beside its patches: <boi> <rows:h> <cols:w> ... <eoi>.
 _IMAGE_FRAME = 4
+# <bos> ... <eos>.
+_DOCUMENT_FRAME = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Encoder:
 
     def length(self, document: Document) -> int:
         """Number of slots of `encode(document)`. Needs no pixels."""
-        slots = 2
+        slots = _DOCUMENT_FRAME
         for segment in document.segments:
             if isinstance(segment, Text):
                 slots += self.tokenizer.count(segment.text) if segment.ids is None else len(segment.ids)
@@ -149,3 +151,38 @@ def drop_condition(document: Document) -> Document:
     last = max((k for k, s in enumerate(segments) if isinstance(s, Image) and s.learn), default=0)
     kept = tuple(s for k, s in enumerate(segments) if k >= last or isinstance(s, Image))
     return document if len(kept) == len(segments) else replace(document, segments=kept)
+
+
+def picture_first(document: Document) -> Document:
+    """The document with its picture before its text, if it is one text and then one picture; else unchanged.
+
+    What stands second keeps the `learn` of the second place: a caption that was only read to draw the picture becomes
+    what is learned of the picture.
+    """
+    match document.segments:
+        case (Text() as text, Image() as image):
+            turned = (replace(image, learn=text.learn), replace(text, learn=image.learn))
+            return replace(document, segments=turned)
+    return document
+
+
+def cut(document: Document, row_length: int, encoder: Encoder) -> list[Document]:
+    """The document in pieces of at most row_length slots, each a document of as many next segments as fit.
+
+    Raises ValueError naming a segment that does not fit a row alone.
+    """
+    pieces: list[list[Text | Image]] = []
+    filled = row_length
+    for number, segment in enumerate(document.segments, 1):
+        slots = encoder.length(replace(document, segments=(segment,)))
+        if slots > row_length:
+            raise ValueError(
+                f"segment {number} takes {slots} slots, but data.row_length is {row_length}; split the segment, lower "
+                "data.max_patches or raise data.row_length"
+            )
+        if filled + slots - _DOCUMENT_FRAME > row_length:
+            pieces.append([])
+            filled = _DOCUMENT_FRAME
+        pieces[-1].append(segment)
+        filled += slots - _DOCUMENT_FRAME
+    return [replace(document, segments=tuple(piece)) for piece in pieces]

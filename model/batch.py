@@ -62,6 +62,11 @@ class Batch:
         text, image = self.targets()
         return int(text.sum()), int(image.sum())
 
+    def pin_memory(self) -> "Batch":
+        """A copy in memory that a GPU can fetch by itself."""
+        pinned = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "seed_B"}
+        return replace(self, **pinned)
+
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "seed_B"}
         return replace(self, **moved)

@@ -44,6 +44,9 @@ class ShapesSection:
     """Seed of the pictures."""
     repeats: int = 1
     """Passes over this source per epoch."""
+    weight: float | None = None
+    """Share of the rows, in relation to the weights of the other sources; each source then has epochs of its own, and
+    `repeats` no meaning. Give all sources a weight, or none."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class DigitsSection:
     """Passes per epoch with the caption first: learn to draw."""
     read: int = 1
     """Passes per epoch with the picture first, as context: learn to read."""
+    weight: float | None = None
+    """Share of the rows, see data.shapes.weight; `drawn` and `read` then are the proportion of the two."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class TextSection:
     """Longest document in bytes; files are cut at line borders."""
     repeats: int = 1
     """Passes over this source per epoch."""
+    weight: float | None = None
+    """Share of the rows, in relation to the weights of the other sources; each source then has epochs of its own, and
+    `repeats` no meaning. Give all sources a weight, or none."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,33 @@ class FilesSection:
     """The JSONL file; image paths are relative to its folder."""
     repeats: int = 1
     """Passes over this source per epoch."""
+    weight: float | None = None
+    """Share of the rows, in relation to the weights of the other sources; each source then has epochs of its own, and
+    `repeats` no meaning. Give all sources a weight, or none."""
+
+
+@dataclass(frozen=True)
+class PreparedSection:
+    """The user's own documents as `python -m data.prepare` left them."""
+
+    path: str
+    """The folder that was written."""
+    repeats: int = 1
+    """Passes over this source per epoch."""
+    weight: float | None = None
+    """Share of the rows, see data.shapes.weight."""
+
+
+@dataclass(frozen=True)
+class StageSection:
+    """What changes from a step of the run on. What is not given is as at the start of the run."""
+
+    from_step: int
+    """The first step of the stage; it ends where the next one begins."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights by the names of the sources in the log; sources that are not named are not read in this stage."""
+    max_patches: int | None = None
+    """data.max_patches of the stage. Its sources begin anew, in another order; prepared ones are bound to theirs."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +119,9 @@ class DataSection:
     digits: DigitsSection | None = None
     text: TextSection | None = None
     files: list[FilesSection] = field(default_factory=list)
+    prepared: list[PreparedSection] = field(default_factory=list)
+    stages: list[StageSection] = field(default_factory=list)
+    """Later parts of the run with other weights or another resolution, in order of their first steps."""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json."""
     max_grid: int = 64
@@ -98,6 +136,8 @@ class DataSection:
     """Rows of an optimizer step over all ranks and micro-batches."""
     condition_dropout: float = 0.1
     """Part of the documents with a learned image that lose the text before it (for guidance)."""
+    picture_first: float = 0.0
+    """Part of the documents of one text and then one picture (that keep their condition) where these change places."""
     workers: int = 1
     """Processes that make rows ahead of time; 0 makes them in the training process."""
 
@@ -256,6 +296,16 @@ class Config:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.run.seed < 2**63:
             raise ValueError(f"run.seed is {self.run.seed}; it must lie in 0 <= seed < 2**63")
+        sections = [s for s in (data.shapes, data.digits, data.text, *data.files, *data.prepared) if s]
+        weighted = [section.weight is not None for section in sections]
+        if any(weighted) and not all(weighted):
+            raise ValueError("some sources of data have a weight and others none; give all of them one, or none")
+        first_steps = [stage.from_step for stage in data.stages]
+        if [0, *first_steps] != sorted({0, *first_steps}):
+            raise ValueError(f"data.stages begin at steps {first_steps}; they must be above 0 and ascend")
+        for stage in data.stages:
+            if stage.weights and not any(weighted):
+                raise ValueError(f"the stage from step {stage.from_step} has weights; give every source of data one")
         if data.shapes:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:

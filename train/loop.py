@@ -22,7 +22,7 @@ from train.config import Config
 from train.engine import Counts, Engine, fill_from, make_engine
 from train.generator import Generator, build_model, load_weights
 from train.log import Log, environment, logger
-from train.meter import Meter, Spikes, line
+from train.meter import Meter, Spikes, coverage, line
 from train.optimizer import WeightAverage, learning_rate
 from train.precision import autocast
 from train.ranks import Joined, Ranks
@@ -85,10 +85,10 @@ def set_up(config: Config) -> Run:
     mixture = pipeline.make_mixture(config, encoder, "train")
     has_held_out = config.eval.every and pipeline.make_sources(config.data, "test")
     held_out = pipeline.make_mixture(config, encoder, "test") if has_held_out else None
-    if config.data.files:
+    if config.data.files or config.data.prepared:
         mixture.measure()  # A document that is broken or does not fit stops the run here, not later in a worker.
-    mixture.plan.row((found.step if found else 0) * config.data.rows_per_step)  # Workers inherit what this counts.
     rows = pipeline.StepRows(mixture, config, ranks.rank, ranks.world)
+    rows.numbers(found.step if found else 0)  # Workers inherit what this counts.
     weights, where = (found.model, f"step {found.step} of {folder}") if found else (None, "")
     if not found and config.run.init_from:
         start = checkpoint.resolve(config.run.init_from)
@@ -133,12 +133,18 @@ def train(run: Run, dry_run: bool) -> None:
     stop = _StopFlag()
     meter, spikes = Meter(), Spikes(config)
     sums = [0.0, 0.0]
-    with closing(pipeline.load(run.rows, run.step, last, 0 if dry_run else config.data.workers)) as batches:
+    named: set[str] = set()
+    workers, pin = 0 if dry_run else config.data.workers, ranks.device.type == "cuda"
+    with closing(pipeline.load(run.rows, run.step, last, workers, pin)) as steps:
         while run.step < last:
             # ---- data ----------------------------------------------------------------------------------------------
             began = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - began
+            step = next(steps)
+            micro_batches, waited = step.batches, time.perf_counter() - began
+            for reason in step.replaced:
+                if reason not in named:
+                    logger.warning("warning: another document takes the place of one that cannot be read: %s", reason)
+                named.add(reason)
             if dry_run:
                 _announce_estimate(run, micro_batches[0])
 
@@ -165,12 +171,13 @@ def train(run: Run, dry_run: bool) -> None:
             run.step += 1
 
             # ---- log, evaluate, save -------------------------------------------------------------------------------
-            meter.step(counts, waited, time.perf_counter() - began)
+            meter.step(counts, waited, time.perf_counter() - began, len(step.replaced))
             ends = run.step == last or stopping > 0
             if run.step % config.log.every == 0 or ends:
                 values = meter.values(ranks) | {"lr": rate, "grad_norm": norm, "skipped": float(run.skipped)}
                 if log:
-                    log.metrics(run.step, values)
+                    seen = coverage(run.rows.mixture.seen(run.step * config.data.rows_per_step))
+                    log.metrics(run.step, values | seen)
                     logger.info(line(run.step, config.run.steps, values))
                 meter = Meter()
             if log:
@@ -288,7 +295,8 @@ def _save_rows(run: Run) -> Path:
         batch = pipeline.make_batch(run.rows.mixture, [row], run.config.run.seed).to(run.ranks.device)
         with autocast(run.ranks.device, run.engine.bf16):
             losses = model(batch)
-        epoch, documents = run.rows.mixture.plan.row(row)
+        stream, number = run.rows.mixture.locate(row)
+        epoch, documents = stream.plan.row(number)
         save_file({"token_S": batch.token_BS[0], "patches_NP": batch.patches_NP}, folder / f"row-{row}.safetensors")
         lines.append({"row": row, "epoch": epoch, "documents": documents.tolist(),
                       "loss/text": losses.text.item(), "loss/image": losses.image.item()})  # fmt: skip

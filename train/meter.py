@@ -1,9 +1,11 @@
 """Numbers about the steps that were done: what is logged between two lines, and losses that jump."""
 
 from collections import defaultdict
+from dataclasses import asdict
 
 import torch
 
+from data.mixture import Seen
 from model.batch import Batch
 from model.ropeway import Losses
 from train.config import Config
@@ -28,7 +30,8 @@ class Meter:
             slots, batch.documents.squared_lengths, text, len(batch.patches_NP), image, vocabulary_size
         )
 
-    def step(self, counts: Counts, waited: float, seconds: float) -> None:
+    def step(self, counts: Counts, waited: float, seconds: float, replaced: int) -> None:
+        self.sums["replaced"] += replaced
         for key, value in zip(("num_text", "num_image", "waited", "seconds"), (*counts, waited, seconds), strict=True):
             self.sums[key] += value
         self.sums["steps"] += 1
@@ -36,8 +39,8 @@ class Meter:
     def values(self, ranks: Ranks) -> dict[str, float]:
         """Means over the steps and all ranks. A call that all ranks make together."""
         s = self.sums
-        text, image, slots, capacity, flops = ranks.total(
-            [float(self.text), float(self.image), s["slots"], s["capacity"], s["flops"]]
+        text, image, slots, capacity, flops, replaced = ranks.total(
+            [float(self.text), float(self.image), s["slots"], s["capacity"], s["flops"], s["replaced"]]
         )
         return {
             "loss/text": text / max(s["num_text"], 1),
@@ -48,7 +51,13 @@ class Meter:
             "step_seconds": s["seconds"] / s["steps"],
             "data_wait_percent": 100 * s["waited"] / s["seconds"],
             "fill_percent": 100 * slots / capacity,
+            "replaced": replaced,
         }
+
+
+def coverage(seen: dict[str, Seen]) -> dict[str, float]:
+    """What was read of each source since the start of the run, as numbers of the log."""
+    return {f"seen/{name}/{key}": value for name, one in seen.items() for key, value in asdict(one).items()}
 
 
 class Spikes:

@@ -1,14 +1,15 @@
 """From the configuration to batches: tokenizer, sources, the mixture of packed rows, and a rank's share of them."""
 
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data.encode import Encoder
-from data.mixture import Mixture
+from data.mixture import Mixture, Stream
 from data.plan import hash_ids
 from data.source import Source
 from data.source.digits import Digits
@@ -18,10 +19,10 @@ from data.source.stdlib import StandardLibrary
 from data.tokenizer import Tokenizer
 from model.batch import Batch
 from model.config import Vocabulary
-from train.config import Config, DataSection
+from train.config import Config, DataSection, StageSection
 
 Split = Literal["train", "test"]
-_ROW_SEED = 17  # beside the uses of hashes in data/
+_ROW_SEED, _STAGE_SEED = 17, 18  # beside the uses of hashes in data/
 
 
 def make_tokenizer(data: DataSection) -> Tokenizer:
@@ -40,37 +41,85 @@ def make_encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
     return Encoder(tokenizer, config.model.patch_size, config.data.min_patches, config.data.max_patches)
 
 
-def make_sources(data: DataSection, split: Split) -> list[tuple[Source, int]]:
-    """The configured sources with their repeats. Users' own files belong to `train` as a whole.
+def make_sources(data: DataSection, split: Split) -> list[tuple[float | None, list[tuple[Source, int]]]]:
+    """What is configured: (weight, sources with their repeats). Users' own files belong to `train` as a whole.
 
     Raises ValueError if there is none.
     """
-    sources: list[tuple[Source, int]] = []
+    found: list[tuple[float | None, list[tuple[Source, int]]]] = []
     if data.shapes:
         s = data.shapes
-        sources.append((Shapes(s.seed, split, s.documents, s.canvases, s.max_objects, s.caption_fraction), s.repeats))
+        shapes = Shapes(s.seed, split, s.documents, s.canvases, s.max_objects, s.caption_fraction)
+        found.append((s.weight, [(shapes, s.repeats)]))
     if data.digits:
         passes = ((0.0, data.digits.drawn), (1.0, data.digits.read))
-        sources += [(Digits(split, captioned), repeats) for captioned, repeats in passes if repeats]
+        found.append((data.digits.weight, [(Digits(split, captioned), n) for captioned, n in passes if n]))
     if data.text:
-        sources.append((StandardLibrary(split, data.text.max_bytes), data.text.repeats))
+        found.append((data.text.weight, [(StandardLibrary(split, data.text.max_bytes), data.text.repeats)]))
     if split == "train":
-        sources += [(Jsonl(files.path), files.repeats) for files in data.files]
-        if not sources:
-            raise ValueError("no data: set data.shapes, data.digits, data.text or data.files")
-    return sources
+        found += [(files.weight, [(Jsonl(files.path), files.repeats)]) for files in data.files]
+        if data.prepared:
+            from data.source.prepared import Prepared
+
+            found += [(part.weight, [(Prepared(part.path), part.repeats)]) for part in data.prepared]
+        if not found:
+            raise ValueError("no data: set data.shapes, data.digits, data.text, data.files or data.prepared")
+    return found
 
 
 def make_mixture(config: Config, encoder: Encoder, split: Split) -> Mixture:
-    """The stream of packed rows. Held-out rows keep their conditions."""
-    dropout = config.data.condition_dropout if split == "train" else 0.0
-    return Mixture(make_sources(config.data, split), encoder, config.data.row_length, config.run.seed, dropout)
+    """The rows of the run, or the held-out ones: these keep their conditions and know no weights and no stages."""
+    data, seed, found = config.data, config.run.seed, make_sources(config.data, split)
+    if split == "test":
+        together = [source for _, sources in found for source in sources]
+        return Mixture([(0, [(Stream(together, encoder, data.row_length, seed, 0.0), 1.0)])])
+    if found[0][0] is None:
+        groups = {"": (1.0, [source for _, sources in found for source in sources])}
+    else:
+        groups = {sources[0][0].name: (weight or 0.0, sources) for weight, sources in found if sources}
+        if len(groups) < len(found):
+            raise ValueError("two sources of data have the same name; sources with weights need different names: "
+                             + ", ".join(sources[0][0].name for _, sources in found if sources))  # fmt: skip
+    streams: dict[tuple[str, int], Stream] = {}
+    stages = []
+    for number, stage in enumerate([StageSection(0), *data.stages]):
+        if unknown := sorted(stage.weights.keys() - groups.keys()):
+            raise ValueError(f"the stage from step {stage.from_step} has a weight for {unknown[0]!r}; the sources are "
+                             f"{', '.join(groups)}")  # fmt: skip
+        max_patches = stage.max_patches or data.max_patches
+        weighted = []
+        for name, (weight, sources) in groups.items():
+            if (name, max_patches) not in streams:
+                # Another resolution begins with another order: what was read last must not come first.
+                stage_seed = int(hash_ids(np.array([number]), _STAGE_SEED, seed)[0]) if number else seed
+                own = Encoder(encoder.tokenizer, encoder.patch_size, data.min_patches, max_patches)
+                streams[name, max_patches] = Stream(sources, own, data.row_length, stage_seed, data.condition_dropout,
+                                                    data.picture_first)  # fmt: skip
+            weight = stage.weights.get(name, 0.0) if stage.weights else weight
+            weighted.append((streams[name, max_patches], weight))
+        stages.append((stage.from_step * data.rows_per_step, weighted))
+    return Mixture(stages)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank reads in one optimizer step."""
+
+    batches: list[Batch]
+    """One per micro-batch."""
+    replaced: list[str]
+    """Why which documents could not be read and were replaced."""
+
+    def pin_memory(self) -> "Step":
+        """A copy that a GPU can fetch by itself (the DataLoader calls this)."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class StepRows(Dataset):
-    """The micro-batches of one rank in one optimizer step, by step number.
+    """What one rank reads in each optimizer step, by step number.
 
-    Step s always uses rows s * G .. (s + 1) * G - 1, whatever the number of ranks: rank r takes a contiguous share.
+    Step s always uses rows s * G .. (s + 1) * G - 1, whatever the number of ranks. They are put in an order in which
+    contiguous shares cost about the same, and each rank takes its share.
     """
 
     def __init__(self, mixture: Mixture, config: Config, rank: int, world: int) -> None:
@@ -80,28 +129,56 @@ class StepRows(Dataset):
                 f"data.rows_per_step {config.data.rows_per_step} is not a multiple of {parts} (ranks {world} times "
                 f"engine.micro_batches {config.engine.micro_batches})"
             )
-        self.mixture, self.seed, self.rank = mixture, config.run.seed, rank
+        self.mixture, self.model, self.seed, self.rank = mixture, config.model, config.run.seed, rank
         self.rows, self.micro = config.data.rows_per_step, config.engine.micro_batches
         self.share = self.rows // world
 
-    def numbers(self, step: int) -> range:
+    def numbers(self, step: int) -> list[int]:
         """The rows of this rank in a step."""
-        first = step * self.rows + self.rank * self.share
-        return range(first, first + self.share)
+        first = step * self.rows
+        order = balance([self.cost(row) for row in range(first, first + self.rows)])
+        return [first + place for place in order[self.rank * self.share : (self.rank + 1) * self.share]]
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def cost(self, row: int) -> float:
+        """FLOPs of a row, all of it taken for learned."""
+        work, vocabulary = self.mixture.work(row), self.mixture.streams[0].encoder.tokenizer.vocab_size
+        text = work.slots - work.patches
+        return self.model.flops_per_step(work.slots, work.squared_lengths, text, work.patches, work.patches, vocabulary)
+
+    def __getitem__(self, step: int) -> Step:
         rows, size = self.numbers(step), self.share // self.micro
-        return [make_batch(self.mixture, list(rows[i : i + size]), self.seed) for i in range(0, self.share, size)]
+        made = [self.mixture.row_and_replaced(row) for row in rows]
+        seeds, columns = row_seeds(rows, self.seed), [columns for columns, _ in made]
+        batches = [Batch.collate(columns[i : i + size], seeds[i : i + size]) for i in range(0, self.share, size)]
+        return Step(batches, [reason for _, replaced in made for reason in replaced])
+
+
+def balance(costs: Sequence[float]) -> list[int]:
+    """An order of the items in which contiguous shares of equal size have about the same sum, for any number of shares.
+
+    The dearest is joined to the cheapest, the next to the next; then these pairs in the same way, and so on. So shares
+    of 2, 4, 8, ... items are balanced, as long as they divide the number of items.
+    """
+    groups, sums = [[item] for item in range(len(costs))], list(costs)
+    while len(groups) > 1 and len(groups) % 2 == 0:
+        order = sorted(range(len(groups)), key=sums.__getitem__)
+        pairs = list(zip(order[: len(order) // 2], reversed(order), strict=False))
+        groups, sums = [groups[a] + groups[b] for a, b in pairs], [sums[a] + sums[b] for a, b in pairs]
+    return [item for group in groups for item in group]
+
+
+def row_seeds(rows: list[int], seed: int) -> list[int]:
+    """The seeds of the noise of rows, a function of (seed, number)."""
+    return (hash_ids(np.array(rows), _ROW_SEED, seed) >> np.uint64(1)).tolist()
 
 
 def make_batch(mixture: Mixture, rows: list[int], seed: int) -> Batch:
-    """Rows of a mixture by number; the noise of a row is a function of (seed, number)."""
-    seeds = (hash_ids(np.array(rows), _ROW_SEED, seed) >> np.uint64(1)).tolist()
-    return Batch.collate([mixture.row(row) for row in rows], seeds)
+    """Rows of a mixture by number."""
+    return Batch.collate([mixture.row(row) for row in rows], row_seeds(rows, seed))
 
 
-def load(rows: StepRows, first: int, last: int, workers: int) -> Generator[list[Batch]]:
-    """Micro-batches of steps first .. last - 1, made ahead of time by worker processes. To be closed."""
+def load(rows: StepRows, first: int, last: int, workers: int, pin: bool = False) -> Generator[Step]:
+    """Steps first .. last - 1, made ahead of time by worker processes; `pin`ned for a GPU to fetch. To be closed."""
     loader = DataLoader(
         rows,
         batch_size=None,
@@ -109,6 +186,7 @@ def load(rows: StepRows, first: int, last: int, workers: int) -> Generator[list[
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,
+        pin_memory=pin,
         worker_init_fn=_leave_signals_to_the_loop,
     )
     batches = iter(loader)

@@ -1,5 +1,6 @@
 """Pictures and captions that are drawn while training, from held-out documents, with the sampler that users run."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
                  step: int) -> None:  # fmt: skip
     """Write step-N.png (upper row drawn from captions, lower row the real pictures) and step-N.txt (captions)."""
     folder.mkdir(parents=True, exist_ok=True)
-    documents = mixture.documents(0, np.arange(min(mixture.plan.num_documents, 8 * count)))
+    documents = _first_documents(mixture, 8 * count)
     lines = []
     to_draw = [pair for pair in map(text_then_image, documents) if pair][:count]
     if to_draw:
@@ -36,6 +37,18 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
         lines += [f"read: {said!r} of {text.text!r}" for said, (_, text) in zip(captions, to_read, strict=True)]
     if lines:
         (folder / f"step-{step:08d}.txt").write_text("\n".join(lines) + "\n")
+
+
+def _first_documents(mixture: Mixture, count: int) -> list[Document]:
+    """`count` documents, or all of one epoch."""
+    documents: list[Document] = []
+    for row in itertools.count():
+        stream, number = mixture.locate(row)
+        epoch, ids = stream.plan.row(number)
+        if epoch or len(documents) >= count:
+            return documents[:count]
+        documents += stream.documents(epoch, ids)[0]
+    raise AssertionError("unreachable")
 
 
 def save_grid(pictures: list[np.ndarray], columns: int, path: Path, gap: int = 2) -> None:

@@ -17,6 +17,9 @@ class Group:
     def to(self, device: torch.device | str) -> "Group":
         return Group(self.slot_GL.to(device), self.valid_GL.to(device))
 
+    def pin_memory(self) -> "Group":
+        return Group(self.slot_GL.pin_memory(), self.valid_GL.pin_memory())
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -54,3 +57,6 @@ class Documents:
 
     def to(self, device: torch.device | str) -> "Documents":
         return Documents(tuple(group.to(device) for group in self.groups), self.squared_lengths)
+
+    def pin_memory(self) -> "Documents":
+        return Documents(tuple(group.pin_memory() for group in self.groups), self.squared_lengths)

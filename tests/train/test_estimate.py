@@ -59,7 +59,7 @@ def make(config: Config) -> tuple[Ropeway, Batch, int]:
     model = build_model(config, tokenizer)
     model.initialise(config.run.seed)
     mixture = pipeline.make_mixture(config, pipeline.make_encoder(config, tokenizer), "train")
-    return model, pipeline.StepRows(mixture, config, 0, 1)[0][0], tokenizer.vocab_size
+    return model, pipeline.StepRows(mixture, config, 0, 1)[0].batches[0], tokenizer.vocab_size
 
 
 def estimate_of(config: Config, batch: Batch, vocabulary_size: int, world: int = 1,

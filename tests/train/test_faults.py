@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.kill import differences, unlike
+from data.mixture import Mixture
 from tests.train.support import TIMEOUT, TINY, Command, Result, assert_one_line, metrics, ranks, start_function
 from train import checkpoint, engine, meter, pipeline, settings
 from train.__main__ import main
@@ -355,14 +356,13 @@ def test_nan_on_one_rank_is_skipped_by_all_and_then_ends_the_run(
     assert (before.skipped, after.skipped) == (0, 2)
     assert [line["skipped"] for line in metrics(run)] == [0, 0, 0, 0, 1, 2]
 
-    share = 4 // world
-    for rank in range(world):
-        mine = [json.loads(line) for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines()]
-        assert [line["row"] for line in mine] == list(range(24 + rank * share, 24 + (rank + 1) * share))
     config = settings.parse([*TINY])[0]
     mixture = pipeline.make_mixture(
         config, pipeline.make_encoder(config, pipeline.make_tokenizer(config.data)), "train"
     )
+    for rank in range(world):
+        mine = [json.loads(line) for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in mine] == pipeline.StepRows(mixture, config, rank, world).numbers(6)
     for row in range(24, 28):
         saved, batch = load_file(folder / f"row-{row}.safetensors"), pipeline.make_batch(mixture, [row], 3)
         assert torch.equal(saved["token_S"], batch.token_BS[0])
@@ -406,8 +406,13 @@ def test_the_saved_rows_show_which_of_them_is_to_blame(tmp_path: Path, straight:
     folder = run / "non_finite" / "step-00000001"
     assert str(folder) in error_of(result)
     lines = [json.loads(line) for line in (folder / "rank-0.jsonl").read_text().splitlines()]
-    assert [math.isnan(line["loss/text"]) for line in lines] == [token in row for row in rows]
-    assert [line["documents"] for line in lines] == [mixture.plan.row(row)[1].tolist() for row in range(4)]
+    assert [math.isnan(line["loss/text"]) for line in lines] == [token in rows[line["row"]] for line in lines]
+    assert [line["documents"] for line in lines] == [documents_of(mixture, line["row"]) for line in lines]
+
+
+def documents_of(mixture: Mixture, row: int) -> list[int]:
+    stream, number = mixture.locate(row)
+    return stream.plan.row(number)[1].tolist()
 
 
 # ---- losses that jump ------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def first_losses() -> list[dict[str, float]]:
     rows = pipeline.StepRows(pipeline.make_mixture(config, encoder, "train"), config, 0, 1)
     found = []
     for step in range(STEPS):
-        (batch,) = rows[step]
+        (batch,) = rows[step].batches
         counts = Counts(*batch.counts())
         losses = engine.micro_step(batch, counts, is_last=True)
         norm = engine.step(learning_rate(step, config.run.steps, config.optim))

@@ -108,7 +108,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(name, marks=pytest.mark.slow if name.endswith(("offload", "alone", "recompute", "compile")) else ())
+        pytest.param(
+            name, marks=pytest.mark.slow if name.endswith(("offload", "alone", "recompute", "compile")) else ()
+        )
         for name in BACKENDS
         if name != "single"
     ],

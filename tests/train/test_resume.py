@@ -202,23 +202,44 @@ def test_other_settings_are_refused(straight: Path, argument: str, words: str) -
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_in_the_middle_is_one_line_and_status_1(tmp_path: Path, workers: int) -> None:
+def test_a_broken_file_in_the_middle_is_replaced_counted_and_named_once(tmp_path: Path, workers: int) -> None:
     """Only the head of an image is read before training starts; the rest of this one is missing."""
     Picture.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:2000])
-    names = ["good.png"] * 40 + ["broken.png"]
+    names = ["good.png"] * 20 + ["broken.png"]
     lines = [json.dumps({"segments": [{"image": name}, {"text": "x" * 60}]}) + "\n" for name in names]
     (tmp_path / "data.jsonl").write_text("".join(lines))
     run = tmp_path / "run"
-    files = ("--data.shapes=null", f"--data.files=[{{path: {tmp_path / 'data.jsonl'}}}]", "--run.steps=40")
-    result = begin(run, *files, f"--data.workers={workers}", "--checkpoint.every=1").finish()
+    files = ("--data.shapes=null", f"--data.files=[{{path: {tmp_path / 'data.jsonl'}}}]", "--run.steps=12")
+    first = begin(run, *files, f"--data.workers={workers}", "--run.stop_after=6").finish()
+    then = begin(run, *files, f"--data.workers={workers}").finish()
+    assert (first.status, then.status) == (0, 0), first.err + then.err
+    warnings = [line for line in (first.err + then.err).splitlines() if "cannot be read" in line]
+    assert 1 <= len(warnings) <= 2  # once per process
+    assert all(f"{tmp_path / 'data.jsonl'}:21: segment 1: {tmp_path / 'broken.png'}" in line for line in warnings)
+    lines_of_log = metrics(run)
+    # A row holds one document of 76 slots: 48 rows are two epochs and six documents.
+    assert lines_of_log[-1]["seen/data/documents"] == 48
+    assert lines_of_log[-1]["seen/data/epochs"] == pytest.approx(48 / 21)
+    assert sum(line["replaced"] for line in lines_of_log) in (2, 3)
+
+    whole = tmp_path / "whole"
+    assert begin(whole, *files, f"--data.workers={workers}").finish().status == 0
+    assert metrics(whole) == lines_of_log
+
+
+def test_data_of_which_nothing_can_be_read_is_one_line_and_status_1(tmp_path: Path) -> None:
+    Picture.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:2000])
+    (tmp_path / "data.jsonl").write_text('{"segments": [{"image": "broken.png"}]}\n' * 3)
+    result = begin(
+        tmp_path / "run", "--data.shapes=null", f"--data.files=[{{path: {tmp_path / 'data.jsonl'}}}]"
+    ).finish()
     assert result.status == 1, result.err
     assert "Traceback" not in result.err
-    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert errors[0] == result.err.splitlines()[-1]
-    assert errors[0].startswith(f"error: {tmp_path / 'data.jsonl'}:41: segment 1: {tmp_path / 'broken.png'}")
-    assert end_of(run).step >= 1
+    (error,) = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert error.startswith(f"error: {tmp_path / 'data.jsonl'}:")
+    assert "none of the 100 documents after it can be read" in error
 
 
 def test_gradients_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
