@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -115,8 +116,8 @@ class Tokenizer:
             raise ValueError(f"{name}: not a usable tokenizer: {' '.join(str(error).split())}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json`, readable by `tokenizers` and `transformers`."""
-        self.inner.save(os.fspath(path))
+        """Write `tokenizer.json`, readable by `tokenizers` and `transformers`. Raises OSError."""
+        Path(path).write_text(self.inner.to_str(pretty=True), encoding="utf-8")  # its own `save` raises Exception
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         # Pickling the inner tokenizer would lose encode_special_tokens, so that data workers encoded differently.

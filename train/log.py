@@ -40,10 +40,12 @@ class Log:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of numbers after `step` steps."""
         if self.file:
-            self.file.write(
-                json.dumps({"step": step, **{key: round(value, 6) for key, value in values.items()}}) + "\n"
-            )
-            self.file.flush()
+            line = {"step": step, **{key: round(value, 6) for key, value in values.items()}}
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:  # it does not say which file
+                raise OSError(f"{self.file.name}: cannot be written: {error.strerror}") from error
         if self.board:
             self.board.log(values, step=step)
 

@@ -94,15 +94,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether an exception means that another rank does not answer any more."""
-    return dist.is_initialized() and dist.get_world_size() > 1 and bool(_LOST.search(str(error)))
+def lost_contact(error: BaseException) -> str | None:
+    """The line of an exception that says that another rank does not answer, or never has."""
+    lines = str(error).splitlines() if _is_one_of_several() else []
+    return next((line.strip() for line in lines if _LOST.search(line)), None)
 
 
 def leave(status: int) -> None:
     """End this process at once if it is one of several: an orderly end can wait for ranks that are gone."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _is_one_of_several():
         os._exit(status)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _complete_environment() -> None:
