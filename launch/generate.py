@@ -13,12 +13,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.command import OneLineParser, fail
 from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
 from model.diffusion.sampler import SAMPLERS
 from model.generate import Sampling
-from train import checkpoint, settings
+from train import checkpoint
 from train.generator import Generator, Order
 from train.log import commit
 from train.samples import save_grid, save_png
@@ -60,7 +61,7 @@ def main() -> None:
             names = [f"{i:05d}.png" for i in range(len(jobs))]
             targets = _targets(arguments, [*names, "prompts.jsonl", *(["grid.png"] if arguments.grid else [])])
     except (ValueError, OSError) as error:
-        settings.fail(error, 2)
+        fail(error, 2)
     try:
         if arguments.image:
             _describe(generator, sampling, arguments, pictures)
@@ -69,7 +70,7 @@ def main() -> None:
         else:
             _draw(generator, sampling, arguments, jobs, targets, folder)
     except (ValueError, OSError) as error:
-        settings.fail(error, 1)
+        fail(error, 1)
 
 
 def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, jobs: list[tuple[Line, int]],
@@ -219,7 +220,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = settings.OneLineParser(
+    parser = OneLineParser(
         prog="python -m launch.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train import settings
+from data.command import OneLineParser, fail
 from train.precision import bf16_units
 from train.ranks import pick_device
 
@@ -223,7 +223,7 @@ def main() -> None:
     """Exit status 0: all is well; 1: a rank has a problem; 2: wrong arguments."""
     arguments = _parser().parse_args()
     if arguments.timeout <= 0:
-        settings.fail("--timeout must be positive", 2)
+        fail("--timeout must be positive", 2)
     report, store, reports = Report(_rank(), socket.gethostname()), None, None
     if _world() > 1:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -236,7 +236,7 @@ def main() -> None:
             reports = dist.PrefixStore("preflight", dist.TCPStore(address, port, is_master=False, timeout=timeout))
             reports.set(f"host/{report.rank}", report.host)
         except (RuntimeError, ValueError) as error:
-            settings.fail(f"rank {report.rank} on {report.host}: the {_world()} ranks do not meet at {place}: "
+            fail(f"rank {report.rank} on {report.host}: the {_world()} ranks do not meet at {place}: "
                           f"{_first_line(error)}", 1)  # fmt: skip
     Examination(report, arguments, store).run(arguments.timeout)
     try:
@@ -268,7 +268,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = settings.OneLineParser(
+    parser = OneLineParser(
         prog="python -m launch.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import suppress
 
+from data.command import fail
 from train import settings
 from train.loop import Run, set_up, train
 from train.ranks import leave, lost_contact
@@ -28,7 +29,7 @@ def main() -> None:
             message = ("lost contact with another rank, whose own message says why; start the same command to go on "
                        f"from the newest checkpoint ({lost})")  # fmt: skip
         try:
-            settings.fail(message, status)
+            fail(message, status)
         finally:
             if run:  # What is written in the background needs no other rank.
                 with suppress(OSError):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.command import OneLineParser, fail
 from data.document import Text
 from data.source import digits as digits_source
 from data.source import shapes_oracle
@@ -25,7 +26,7 @@ from model.batch import Batch
 from model.diffusion.guidance import Guidance
 from model.generate import Sampling
 from model.text_head import bits_per_byte
-from train import checkpoint, settings
+from train import checkpoint
 from train.config import Config, ShapesSection
 from train.generator import Generator
 from train.log import environment
@@ -195,7 +196,7 @@ def evaluate(task: Task, suite: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = settings.OneLineParser(
+    parser = OneLineParser(
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="run folder (its latest checkpoint) or checkpoint folder")
@@ -226,11 +227,11 @@ def main() -> None:
         out = arguments.out or folder.parent.parent / "eval"
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
     except (ValueError, OSError) as error:
-        settings.fail(error, 2)
+        fail(error, 2)
     try:
         result = evaluate(task, arguments.suite, folder)
     except (ValueError, OSError) as error:
-        settings.fail(error, 1)
+        fail(error, 1)
     for name, value in result["scores"].items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.command import OneLineParser, fail
 from data.encode import Columns, Encoder
 from data.image import unpatchify
 from data.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ def write_pictures(columns: Columns, patch_size: int, out: Path) -> list[Path]:
 
 def main() -> None:
     """Exit status 2: the configuration, the data or the choice is wrong."""
-    parser = settings.OneLineParser(prog="python -m train.inspect", description=__doc__)
+    parser = OneLineParser(prog="python -m train.inspect", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of a run; --section.key value overrides it")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--row", type=int, default=0, help="row of the run, counted from 0 (default: 0)")
@@ -106,7 +107,7 @@ def main() -> None:
     try:
         run(settings.parse(["--config", chosen.config, *others])[0], chosen.row, chosen.document, chosen.out)
     except (ValueError, OSError) as error:
-        settings.fail(error, 2)
+        fail(error, 2)
 
 
 if __name__ == "__main__":

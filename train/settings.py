@@ -2,11 +2,10 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -102,16 +101,3 @@ def write(config: Config, path: Path) -> None:
 def read(path: Path) -> Config:
     """Load a configuration that `write` saved."""
     return parse(["--config", str(path)])[0]
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A command line whose mistakes are reported as one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)", 2)
-
-
-def fail(message: object, status: int) -> NoReturn:
-    """End the process with one line. Status 2: the input is wrong; 1: something failed in the middle of work."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(status)
