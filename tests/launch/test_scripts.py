@@ -25,7 +25,7 @@ from tests.launch.launchers import (
     write_config,
 )
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine
+pytestmark = pytest.mark.slow  # minutes: many starts of processes
 
 STEPS = 100
 

@@ -35,7 +35,7 @@ def why_not() -> str | None:
     return "starting Slurm needs root" if os.geteuid() else None
 
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=why_not() or ""), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 @pytest.fixture(scope="module")

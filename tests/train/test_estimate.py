@@ -22,7 +22,7 @@ from train.optimizer import WeightAverage
 from train.precision import autocast
 from train.ranks import Ranks
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine
+pytestmark = pytest.mark.slow  # minutes: many starts of processes
 
 SIZES = (
     "--data.tokenizer=configs/shapes-tokenizer.json", "--model.patch_size=4", "--data.max_patches=64",

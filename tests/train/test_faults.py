@@ -28,7 +28,7 @@ from train.__main__ import main
 from train.checkpoint import Checkpoint, step_folder
 from train.config import Config, OptimSection
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine
+pytestmark = pytest.mark.slow  # minutes: many starts of processes
 
 LONG = 60  # steps of the runs that are asked to stop: about a second
 SOON = 15  # seconds; a loader process that outlives its rank keeps the connection open for five of them

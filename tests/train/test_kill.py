@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import kill
 from train import checkpoint
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine
+pytestmark = pytest.mark.slow  # minutes: many starts of processes
 
 
 def test_kills_of_one_process_change_nothing(tmp_path: Path) -> None:

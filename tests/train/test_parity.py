@@ -24,6 +24,8 @@ BROKEN = 7  # the step whose gradient is not finite
 # Sums in another order leave about 1e-7 per step. AdamW divides by the size of a gradient, so that where it is nearly
 # zero the difference grows: the norm of each tensor is what the tolerance is relative to.
 TOLERANCE = 2e-6
+# Fused operations round in other places.
+COMPILED_TOLERANCE = 2e-5
 # bf16 autocast rounds to 8 bits, and DeepSpeed communicates the gradients and weights of linears in bf16.
 BF16_TOLERANCE = 5e-3
 
@@ -41,8 +43,7 @@ BACKENDS = {
     "zero-3-offload": (2, EngineSection("deepspeed", 3, offload=True)),
     "ddp-recompute": (2, EngineSection(activation_checkpointing=True)),
     "zero-3-recompute": (2, EngineSection("deepspeed", 3, activation_checkpointing=True)),
-    "single-compile": (1, EngineSection(compile=True)),
-    "ddp-compile": (2, EngineSection(compile=True, activation_checkpointing=True)),
+    "single-compile": (1, EngineSection(compile=True, activation_checkpointing=True)),
     "zero-2-compile": (2, EngineSection("deepspeed", 2, compile=True)),
 }
 CASES = [(micro, uneven) for micro in (1, 2) for uneven in (False, True)]
@@ -117,15 +118,16 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 )
 def test_all_backends_train_the_same(tmp_path: Path, single: dict[str, Tensor], backend: str) -> None:
     found = result(tmp_path, backend)
+    tolerance = COMPILED_TOLERANCE if BACKENDS[backend][1].compile else TOLERANCE
     assert found.keys() == single.keys()
     for case in (name_of(*case) for case in CASES):
         mine, expected = part(found, case), part(single, case)
-        torch.testing.assert_close(mine["losses"], expected["losses"], rtol=TOLERANCE, atol=0)
+        torch.testing.assert_close(mine["losses"], expected["losses"], rtol=tolerance, atol=0)
         finite = torch.arange(STEPS) != BROKEN
         assert torch.equal(mine["norms"].isfinite(), finite), case
-        torch.testing.assert_close(mine["norms"][finite], expected["norms"][finite], rtol=10 * TOLERANCE, atol=0)
+        torch.testing.assert_close(mine["norms"][finite], expected["norms"][finite], rtol=10 * tolerance, atol=0)
         for group in ("weights", *MOMENTS):
-            assert distance(part(mine, group), part(expected, group)) < TOLERANCE, (case, group)
+            assert distance(part(mine, group), part(expected, group)) < tolerance, (case, group)
 
 
 def test_the_weights_have_moved(single: dict[str, Tensor]) -> None:
