@@ -69,7 +69,7 @@ def run(config: str = "configs/quickstart.yaml", rounds: int = 15, processes: in
                     line[f"save {kind}, ms"] = 1e3 * pause
                     line[f"% of training, {kind}"] = 100 * pause / (pause + every * step)
             summary.append(line)
-    # The bare loop knows no checkpoints; its columns come last in the file's table otherwise.
+    # The bare loop knows no checkpoints.
     columns = dict.fromkeys(key for line in summary for key in line)
     summary = [{key: line.get(key) for key in columns} for line in summary]
     one, many = (
@@ -128,11 +128,8 @@ def _work(rank: int, config: Config, rounds: int, world: int, port: int, folder:
         chosen = replace(config, engine=section)
         engines[name] = make_engine(chosen, tokenizer, ranks, fill_from(config.run.seed, None, ""))
     averages = {name: WeightAverage(engine.parts(), config.optim.ema_decay) for name, engine in engines.items()}
-    steps: dict[str, Callable[[list[Batch], Counts], object]] = {
-        name: _step(engine, averages[name], config.optim.lr) for name, engine in engines.items()
-    }
-    if world == 1:
-        steps[_BARE] = _bare(config)
+    steps: dict[str, Callable[[list[Batch], Counts], object]] = {_BARE: _bare(config)} if world == 1 else {}
+    steps |= {name: _step(engine, averages[name], config.optim.lr) for name, engine in engines.items()}
     saver = checkpoint.Saver(folder, tokenizer, config.checkpoint, writes=rank == 0)
     found: list[Row] = []
     for number in range(rounds + 1):
