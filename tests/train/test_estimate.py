@@ -36,7 +36,7 @@ SHAPES = {
     "deep": ("--model.num_layers=5", "--model.head.depth=4"),
     "wide": ("--model.ffn_dim=1024", "--model.head_dim=64"),
     "one draw": ("--model.head.draws=1",),
-    "mostly head": ("--model.head.draws=9", "--model.head.width=208", "--model.head.depth=6", "--model.num_layers=1"),
+    "mostly head": ("--model.head.draws=7", "--model.head.width=208", "--model.head.depth=6", "--model.num_layers=1"),
     "short rows": ("--data.row_length=64", "--data.rows_per_step=12"),
     "long rows": ("--data.row_length=1024",),
     "micro-batches": ("--engine.micro_batches=4",),
