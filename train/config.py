@@ -125,6 +125,8 @@ class OptimSection:
     """Weight of the text loss (nats per token)."""
     image_weight: float = 1.0
     """Weight of the image loss (velocity error per patch)."""
+    commit_weight: float = 1e-4
+    """Weight of the distance of quantised keys to their codewords, in layers of attention vq."""
     max_skipped: int = 10
     """Stop after this many non-finite steps in a row, with the rows of the last one saved in run.dir/non_finite."""
     spike: float = 2.0
@@ -256,6 +258,9 @@ class Config:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.run.seed < 2**63:
             raise ValueError(f"run.seed is {self.run.seed}; it must lie in 0 <= seed < 2**63")
+        if "vq" in self.model.layer_kinds and self.model.vq.window < data.max_patches:
+            raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "
+                             f"{data.max_patches}, so that all patches of an image see each other in place")  # fmt: skip
         if data.shapes:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:

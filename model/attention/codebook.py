@@ -73,8 +73,8 @@ class Codebook(nn.Module):
     def __init__(self, heads: int, width: int, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("key_sum_KCE", torch.randn(heads, config.codes, width, dtype=torch.float32))
-        self.register_buffer("count_KC", torch.ones(heads, config.codes, dtype=torch.float32))
+        self.register_buffer("key_sum_KCE", torch.empty(heads, config.codes, width, dtype=torch.float32))
+        self.register_buffer("count_KC", torch.empty(heads, config.codes, dtype=torch.float32))
         self.fitting = False
         """While True, a forward pass first moves the codewords to the means of its keys."""
         self.pending: Tensor | None = None
@@ -82,10 +82,10 @@ class Codebook(nn.Module):
         self.measured: dict[str, float] = {}
         """About the keys of the last update: perplexity of codes, relative error, codes hardly in use."""
 
-    def initialise(self, generator: torch.Generator) -> None:
+    @torch.no_grad()
+    def initialise(self) -> None:
         """Random codewords, as long as keys after RMSNorm."""
-        drawn = torch.randn(self.key_sum_KCE.shape, generator=generator)
-        self.key_sum_KCE.copy_(drawn)
+        self.key_sum_KCE.copy_(torch.randn(self.key_sum_KCE.shape))
         self.count_KC.fill_(1)
 
     @property
@@ -116,7 +116,7 @@ class Codebook(nn.Module):
         return quantised, code_XK.view(k_BSKE.shape[:-1]), told
 
     def collect(self, told: Quantised) -> None:
-        """Keep the sums of a forward pass for the next update. Not to be called where a pass is computed again."""
+        """Keep the sums of a forward pass for the next update. Activation checkpointing must not run this twice."""
         self.pending = told.sums if self.pending is None else self.pending + told.sums
 
     def take(self) -> Tensor:

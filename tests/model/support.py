@@ -1,4 +1,4 @@
-"""Rows, models and slow references that the tests of the model share. Nothing here calls the code under test."""
+"""Rows, models and slow references that the tests of the model share. No reference calls the code under test."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.attention import KINDS
+from model.attention.codebook import Codebook, VQConfig
 from model.batch import Batch
 from model.config import HeadConfig, ModelConfig, Vocabulary
 from model.ropeway import Ropeway
@@ -111,8 +113,19 @@ def tiny_config(**changes: object) -> ModelConfig:
     settings: dict = {
         "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "patch_size": 2,
         "head": HeadConfig(width=24, depth=2, draws=2),
+        "vq": VQConfig(codes=12, window=5),  # so short that documents reach beyond it
     }  # fmt: skip
     return ModelConfig(**(settings | changes))
+
+
+def make_kind(name: str, heads: int, kv_heads: int, width: int) -> nn.Module:
+    """A kind of attention by name, its codebook initialised."""
+    kind = KINDS[name](tiny_config(dim=heads * width, num_heads=heads, num_kv_heads=kv_heads))
+    for module in kind.modules():
+        if isinstance(module, Codebook):
+            torch.manual_seed(0)
+            module.initialise()
+    return kind
 
 
 def build(config: ModelConfig | None = None, seed: int = 0, silent: bool = False) -> Ropeway:

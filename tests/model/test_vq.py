@@ -11,7 +11,7 @@ from model.attention.documents import Documents
 from model.attention.merge import MASKED, Part, attend, attend_plainly
 from model.attention.vq import VQAttention
 from model.positions import LAYOUTS, Grid, parse_document
-from model.rope import Rotation, rotation
+from model.rope import Rotation, rotate, rotation
 from tests.model.support import slow_vq
 
 HEADS, KV_HEADS, WIDTH, CODES = 4, 2, 8, 6
@@ -19,7 +19,9 @@ HEADS, KV_HEADS, WIDTH, CODES = 4, 2, 8, 6
 
 def make(dtype: torch.dtype = torch.float64, **changes: object) -> VQAttention:
     torch.manual_seed(7)
-    return VQAttention(WIDTH, KV_HEADS, 1e4, "alternate", VQConfig(**({"codes": CODES} | changes))).to(dtype)
+    kind = VQAttention(WIDTH, KV_HEADS, 1e4, "alternate", VQConfig(**({"codes": CODES} | changes))).to(dtype)
+    kind.codebook.initialise()
+    return kind
 
 
 def mixed_row(rng: np.random.Generator, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,8 +201,6 @@ def test_every_key_its_own_codeword_is_softmax_attention_inside_the_window() -> 
     kind.codebook.key_sum_KCE.copy_(k[0].transpose(0, 1))
     angles = exact_rotation(torch.rand(1, 12, 2) * 9)
     out, _ = kind(q, k, v, angles, Documents.of(torch.ones(1, 12, dtype=torch.long)))
-    from model.rope import rotate
-
     parts = (x.transpose(1, 2) for x in (rotate(q, angles), rotate(k, angles), v))
     expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-12)
