@@ -28,7 +28,7 @@ class Losses(NamedTuple):
     """Cross-entropy in nats, summed over learned text tokens."""
     image: Tensor
     """Velocity error (mean over a patch's numbers and draws), summed over learned patches."""
-    commit: Tensor = torch.zeros(())  # noqa: RUF009
+    commit: Tensor = torch.zeros(())
     """Distance of quantised keys to their codewords, summed over slots, heads and layers (0 outside of training)."""
 
 
@@ -107,11 +107,14 @@ class Ropeway(nn.Module):
         patches_ND = self.patch_embedding(patches_NP).to(x_BSD.dtype)
         return x_BSD.masked_scatter(is_patch_BS.unsqueeze(-1), patches_ND)
 
-    def angles(self, grid: Grid) -> Rotation:
-        """Rotary angles of every slot in float32."""
+    def angles(self, grid: Grid, slot_B: Tensor | None = None) -> Rotation:
+        """Rotary angles in float32 of every slot, or of one slot of each row."""
         config = self.config
         theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, grid.index_BS.device)
-        return rotation(LAYOUTS[config.positions](grid), theta_F)
+        positions_BS2 = LAYOUTS[config.positions](grid)
+        if slot_B is not None:
+            positions_BS2 = positions_BS2[torch.arange(len(slot_B), device=slot_B.device), slot_B].unsqueeze(1)
+        return rotation(positions_BS2, theta_F)
 
     def hidden(self, batch: Batch, told: list[Quantised] | None = None) -> Tensor:
         """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1. told: see Backbone."""

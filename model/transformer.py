@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
     def forward(self, x_BSD: Tensor, angles: Rotation, documents: object,
                 told: list[Quantised] | None = None) -> Tensor:  # fmt: skip
-        """Whole rows, each slot sees the past of its document. In training, `told` gets an entry per quantised layer."""
+        """Whole rows, each slot sees the past of its document. In training, each quantised layer adds to `told`."""
 
         def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Quantised | None]:
             return kind(q, k, v, angles, documents)

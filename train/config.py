@@ -260,7 +260,7 @@ class Config:
             raise ValueError(f"run.seed is {self.run.seed}; it must lie in 0 <= seed < 2**63")
         if "vq" in self.model.layer_kinds and self.model.vq.window < data.max_patches:
             raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "
-                             f"{data.max_patches}, so that all patches of an image see each other in place")  # fmt: skip
+                             f"{data.max_patches}, for all patches of an image to see each other in place")  # fmt: skip
         if data.shapes:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:

@@ -137,8 +137,8 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Ropeway:
 def load_weights(model: Ropeway, weights: Mapping[str, torch.Tensor], where: str,
                  writable: Callable[[torch.Tensor], AbstractContextManager] = nullcontext,
                  may_lack_codebooks: bool = False) -> None:  # fmt: skip
-    """Copy weights and codebooks by name, each parameter within writable(parameter). Raises ValueError naming what is missing,
-    unexpected or of another shape. may_lack_codebooks: those that are missing are left alone, to be fitted."""
+    """Copy weights and codebooks by name, parameters within writable(parameter). Raises ValueError naming what is
+    missing, unexpected or of another shape. may_lack_codebooks: those that are missing are left alone, to be fitted."""
     own = model.tensors()
     if may_lack_codebooks:
         own = {name: tensor for name, tensor in own.items() if isinstance(tensor, nn.Parameter) or name in weights}

@@ -61,7 +61,7 @@ class Quantised(NamedTuple):
     commit: Tensor
     """Squared distance of keys to their codewords over sqrt(E), summed over slots and heads; with a gradient."""
     sums: Tensor
-    """Flat, for `Codebook.update`: per codeword the sum and number of its keys, the squared errors, the squared keys."""
+    """Flat, for `Codebook.update`: per codeword sum and number of its keys; then squared errors and keys."""
 
 
 class Codebook(nn.Module):
@@ -122,7 +122,9 @@ class Codebook(nn.Module):
     def take(self) -> Tensor:
         """The sums collected since the last call, zeros if there are none."""
         taken, self.pending = self.pending, None
-        return self.key_sum_KCE.new_zeros(self.key_sum_KCE.numel() + self.count_KC.numel() + 2) if taken is None else taken
+        return (
+            self.key_sum_KCE.new_zeros(self.key_sum_KCE.numel() + self.count_KC.numel() + 2) if taken is None else taken
+        )
 
     @torch.no_grad()
     def update(self, sums: Tensor) -> None:
@@ -166,7 +168,9 @@ class Codebook(nn.Module):
         generator = torch.Generator().manual_seed(0)
 
         def some() -> Tensor:
-            order = torch.cat([torch.randperm(len(key_NKE), generator=generator) for _ in range(-(-codes // len(key_NKE)))])
+            order = torch.cat(
+                [torch.randperm(len(key_NKE), generator=generator) for _ in range(-(-codes // len(key_NKE)))]
+            )
             return key_NKE[order[:codes].to(key_NKE.device)].transpose(0, 1)
 
         codewords_KCE = some()

@@ -2,7 +2,7 @@
 
 Inside a window, 0 <= i - j <= M by index in the document, query i and codeword j are rotated to their positions as in
 every other kind. Beyond it, all keys count as M + 1 slots away (ReRoPE, spaces.ac.cn/archives/9708): the score depends
-on the codeword alone, so what is beyond is C codewords, the log of the number of their keys, and the mean of their values.
+on the codeword alone, so what is beyond is C codewords, with the log of the number and the mean value of their keys.
 
 A document is computed in blocks of M slots. The queries of a block see
 
@@ -61,7 +61,7 @@ class VQAttention(nn.Module):
 
     def prefill(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
                 capacity: int) -> tuple[Tensor, VQState]:  # fmt: skip
-        """Attend over prompts that begin at slot 0 of their row, and keep what decoding needs, whatever the capacity."""
+        """Attend over prompts that begin at slot 0 of their row, and keep what decoding needs, for any capacity."""
         real_BS = _real(documents, k_BSKE)
         word_BSKE, code_BSK, _ = self.codebook(k_BSKE, real_BS)
         out = self._attended(q_BSHE, word_BSKE, code_BSK, v_BSKE, angles, documents)
@@ -94,7 +94,9 @@ class VQAttention(nn.Module):
         back_BR = (length_B[:, None] - torch.arange(ring, device=length_B.device)) % ring
         held_BR = length_B[:, None] - back_BR  # the slot in each place, negative if there is none yet
         heads, wide = state.key_BKRE.shape[1], state.value_sum_BKCE.dtype
-        near_BKGE, far_BKGE = (rotate(q_B1HE, turn)[:, 0].unflatten(1, (heads, -1)) for turn in (angles, self._beyond(angles)))
+        near_BKGE, far_BKGE = (
+            rotate(q_B1HE, turn)[:, 0].unflatten(1, (heads, -1)) for turn in (angles, self._beyond(angles))
+        )
         near_BKGR = (near_BKGE @ state.key_BKRE.transpose(-1, -2)).to(wide)
         codewords_KCE = self.codebook.codewords_KCE.to(q_B1HE.dtype)
         far_BKGC = (far_BKGE @ codewords_KCE.transpose(-1, -2)).to(wide)
@@ -156,7 +158,9 @@ class VQAttention(nn.Module):
             x.index_select(0, group.slot_GL.flatten()).unflatten(0, group.slot_GL.shape).transpose(1, 2)
             for x in (q_XHE, k_XKE, v_XKE)
         )
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True).transpose(
+            1, 2
+        )
 
     def _blocks(self, group: Group, *flat: Tensor) -> Tensor:
         """Longer documents, (G, L, H, E). Inside, U counts blocks and M slots of a block: (U, G, H, M, E)."""
@@ -220,7 +224,9 @@ def _far(code: Tensor, v: Tensor, value_sum: Tensor, count: Tensor) -> tuple[Ten
     index = (code.reshape(rows, -1) + shape[-1] * torch.arange(rows, device=code.device)[:, None]).flatten()
     wide = value_sum.dtype
     block_count = count.new_zeros(rows * shape[-1]).index_add_(0, index, count.new_ones(len(index))).view(shape)
-    block_sum = value_sum.new_zeros(rows * shape[-1], v.shape[-1]).index_add(0, index, v.reshape(-1, v.shape[-1]).to(wide))
+    block_sum = value_sum.new_zeros(rows * shape[-1], v.shape[-1]).index_add(
+        0, index, v.reshape(-1, v.shape[-1]).to(wide)
+    )
     counts = block_count.cumsum(0) + count
     sums = block_sum.view(*shape, -1).cumsum(0) + value_sum
     mean = sums / counts.clamp(min=1).unsqueeze(-1)

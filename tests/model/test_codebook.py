@@ -1,4 +1,4 @@
-"""Codebooks: typed-in vectors of the moving average, k-means, gradients past the nearest codeword, activation checkpointing."""
+"""Codebooks: typed-in vectors of the moving average, k-means, gradients past codewords, counts."""
 
 import numpy as np
 import pytest

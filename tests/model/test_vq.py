@@ -119,7 +119,9 @@ def influence(kind: torch.nn.Module, document: torch.Tensor, positions: torch.Te
     """(S, S) bool: whether output i depends on the query, key or value of slot j."""
     torch.manual_seed(1)
     slots = len(document)
-    q, k, v = (torch.randn(1, slots, h, WIDTH, dtype=torch.float64, requires_grad=True) for h in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        torch.randn(1, slots, h, WIDTH, dtype=torch.float64, requires_grad=True) for h in (HEADS, KV_HEADS, KV_HEADS)
+    )
     out, _ = kind(q, k, v, exact_rotation(positions[None]), Documents.of(document[None]))
     rows = []
     for i in range(slots):
@@ -230,7 +232,11 @@ def test_merged_parts_equal_plain_softmax() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, 2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     nothing = MASKED * torch.ones(1, 1, 1, 5, dtype=torch.float64)
-    parts = [Part(q, k, v, causal=True), Part(q[1:], k[:-1], v[:-1], first=1), Part(q[2:], k[2:], v[2:], nothing, first=2)]
+    parts = [
+        Part(q, k, v, causal=True),
+        Part(q[1:], k[:-1], v[:-1], first=1),
+        Part(q[2:], k[2:], v[2:], nothing, first=2),
+    ]
     results = []
     for function in (attend, attend_plainly):
         out = function(parts, 0.3)
@@ -238,12 +244,18 @@ def test_merged_parts_equal_plain_softmax() -> None:
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
     score = torch.cat((q[1:] @ k[:-1].mT, q[1:] @ k[1:].mT + MASKED * torch.ones(5, 5).triu(1)), dim=-1) * 0.3
-    torch.testing.assert_close(results[0][0][1:], score.softmax(-1) @ torch.cat((v[:-1], v[1:]), dim=2), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        results[0][0][1:], score.softmax(-1) @ torch.cat((v[:-1], v[1:]), dim=2), rtol=0, atol=1e-13
+    )
 
 
 def test_bf16_follows_float32() -> None:
     q, k, v, positions, document = case(4)
-    kind, angles, documents = make(torch.float32, window=8), rotation(positions, torch.ones(WIDTH // 2)), Documents.of(document)
+    kind, angles, documents = (
+        make(torch.float32, window=8),
+        rotation(positions, torch.ones(WIDTH // 2)),
+        Documents.of(document),
+    )
     inputs = [x.detach().bfloat16() for x in (q, k, v)]
     low, _ = kind(*inputs, angles, documents)
     high, _ = kind(*(x.float() for x in inputs), angles, documents)
@@ -251,7 +263,9 @@ def test_bf16_follows_float32() -> None:
     torch.testing.assert_close(low.float(), high, rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("changes", [{"codes": 0}, {"window": 0}, {"decay": 1.0}, {"chunk_blocks": 0}, {"reset_below": -1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"codes": 0}, {"window": 0}, {"decay": 1.0}, {"chunk_blocks": 0}, {"reset_below": -1.0}]
+)
 def test_impossible_settings_are_refused(changes) -> None:
     with pytest.raises(ValueError, match=f"model.vq.{next(iter(changes))} is"):
         replace(VQConfig(), **changes)

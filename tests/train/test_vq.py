@@ -1,6 +1,7 @@
 """Training with vector-quantised attention: the codebooks of all backends, resuming, and starting from other runs."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def work(config: Config, out: str) -> None:
         engine.optim = replace(config.optim, text_weight=float("inf")) if step == BROKEN else config.optim
         first, size = ranks.rank * share, share // micro
         for r in range(first, first + share, size):
-            engine.micro_step(batch_of_step(step, list(range(r, r + size))), count(step), is_last=r + size == first + share)
+            engine.micro_step(
+                batch_of_step(step, list(range(r, r + size))), count(step), is_last=r + size == first + share
+            )
         engine.step(lr=1e-3)
         tensors |= {f"{step}.{name}": buffer.clone() for name, buffer in engine.model.named_buffers()}
     weights = Joined(ranks, engine.parts(), engine.shapes)
@@ -88,7 +91,7 @@ def test_codebooks_move_unless_the_step_is_skipped(single: dict[str, torch.Tenso
     assert names
     for name in names:
         states = [single[f"{key}.{name}"] for key in ("fitted", *range(STEPS))]
-        same = [torch.equal(one, other) for one, other in zip(states, states[1:], strict=False)]
+        same = [torch.equal(one, other) for one, other in pairwise(states)]
         assert same == [step == BROKEN for step in range(STEPS)]
 
 
@@ -129,10 +132,14 @@ def test_a_dense_checkpoint_starts_a_quantised_run(tmp_path: Path) -> None:
 
 
 def test_a_window_smaller_than_the_largest_image_is_refused(tmp_path: Path) -> None:
-    result = start(tmp_path / "out", "train", *TINY, f"--run.dir={tmp_path / 'run'}", *VQ, "--model.vq.window=8").finish()
+    result = start(
+        tmp_path / "out", "train", *TINY, f"--run.dir={tmp_path / 'run'}", *VQ, "--model.vq.window=8"
+    ).finish()
     assert_one_line(result, 2, "model.vq.window is 8", "data.max_patches 16")
 
 
 def test_a_list_of_kinds_must_fit_the_layers(tmp_path: Path) -> None:
-    result = start(tmp_path / "out", "train", *TINY, f"--run.dir={tmp_path / 'run'}", "--model.attention=[vq,dense]").finish()
+    result = start(
+        tmp_path / "out", "train", *TINY, f"--run.dir={tmp_path / 'run'}", "--model.attention=[vq,dense]"
+    ).finish()
     assert_one_line(result, 2, "model.attention lists 2 kinds for 1 layers")
