@@ -118,7 +118,7 @@ def _decoding(kind: nn.Module, length: int, heads: int, width: int, dtype: torch
     @torch.no_grad()
     def call() -> int:
         for step in range(length, length + steps):
-            kind.step(*one, angles, torch.tensor([step], device=device), step, state)
+            kind.step(*one, angles, torch.tensor([step], device=device), step, state)  # type: ignore[operator]
         if isinstance(kind, VQAttention):
             state.summed_B = (state.summed_B - steps).clamp(min=0)  # the next round decodes the same slots
         return sum(x.nbytes for x in vars(state).values())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.attention.codebook import Codebook, Quantised
+from model.attention.codebook import Codebook
 from model.batch import Batch, to_pixels
 from model.config import ModelConfig, Vocabulary
 from model.diffusion.flow import draw, flow_loss
@@ -116,13 +116,17 @@ class Ropeway(nn.Module):
             positions_BS2 = positions_BS2[torch.arange(len(slot_B), device=slot_B.device), slot_B].unsqueeze(1)
         return rotation(positions_BS2, theta_F)
 
-    def hidden(self, batch: Batch, told: list[Quantised] | None = None) -> Tensor:
-        """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1. told: see Backbone."""
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1."""
+        return self._read(batch)[0]
+
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states, and the commitment of quantised keys."""
         patches_NP = to_pixels(batch.patches_NP)
         if self.training and self.config.context_noise:
             patches_NP = self._noised_context(batch, patches_NP)
         x_BSD = self.embed(batch.token_BS, batch.rows_BS > 0, patches_NP)
-        return self.backbone(x_BSD, self.angles(batch.grid), batch.documents, told)
+        return self.backbone(x_BSD, self.angles(batch.grid), batch.documents)
 
     def _noised_context(self, batch: Batch, patches_NP: Tensor) -> Tensor:
         """(1 - s) patch + s noise for the patches of learned images, s uniform in (0, 1) for a part of the documents,
@@ -143,8 +147,8 @@ class Ropeway(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of a batch. Every parameter takes part, whatever kinds of targets the batch holds."""
-        told: list[Quantised] = []
-        hidden_XD = self.hidden(batch, told).flatten(0, 1)
+        hidden_BSD, commit = self._read(batch)
+        hidden_XD = hidden_BSD.flatten(0, 1)
         text_BS, image_BS = batch.targets()
         text_slot, image_slot = (mask.flatten().nonzero()[:, 0] for mask in (text_BS, image_BS))
         text_N = self.text_head(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
@@ -160,5 +164,4 @@ class Ropeway(nn.Module):
         image_N = flow_loss(
             self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, time_M1, noise_MP, head
         )
-        commit = sum((quantised.commit for quantised in told), torch.zeros((), device=hidden_XD.device))
         return Losses(text_N.sum(), image_N.sum(), commit)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -78,24 +79,24 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.recompute = False
 
-    def forward(self, x_BSD: Tensor, angles: Rotation, documents: object,
-                told: list[Quantised] | None = None) -> Tensor:  # fmt: skip
-        """Whole rows, each slot sees the past of its document. In training, each quantised layer adds to `told`."""
+    def forward(self, x_BSD: Tensor, angles: Rotation, documents: object) -> tuple[Tensor, Tensor]:
+        """Whole rows, each slot sees the past of its document. Also returns the commitment of keys to their codewords,
+        summed over the quantised layers (0 unless in training)."""
 
         def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Quantised | None]:
             return kind(q, k, v, angles, documents)
 
+        commit = torch.zeros((), device=x_BSD.device)
         for layer in self.layers:
             if self.recompute:
-                x_BSD, quantised = checkpoint(layer, x_BSD, attend, use_reentrant=False)
+                x_BSD, told = checkpoint(layer, x_BSD, attend, use_reentrant=False)
             else:
-                x_BSD, quantised = layer(x_BSD, attend)
-            if quantised is not None:
+                x_BSD, told = layer(x_BSD, attend)
+            if told is not None:
                 # Here and not in the layer, which activation checkpointing runs twice.
-                layer.self_attn.kind.codebook.collect(quantised)
-                if told is not None:
-                    told.append(quantised)
-        return self.norm(x_BSD)
+                layer.self_attn.kind.codebook.collect(told)  # type: ignore[union-attr, operator]
+                commit = commit + told.commit
+        return self.norm(x_BSD), commit
 
     def prefill(self, x_BSD: Tensor, angles: Rotation, documents: object, capacity: int) -> tuple[Tensor, list]:
         """Whole prompts, and one decode state per layer with room for `capacity` slots."""

@@ -170,22 +170,24 @@ class VQAttention(nn.Module):
         slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
         slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1)
         blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
-        sums = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
+        value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
         size, outs = self.config.chunk_blocks or number, []
         for begin in range(0, number, size):
             lead = min(begin, 2)  # blocks before the chunk that its queries still see one by one, or that join the sums
             cut = [x[begin - lead : begin + size] for x in blocks]
             if size < number and torch.is_grad_enabled():
-                out, *sums = checkpoint(self._chunk, lead, *cut, *sums, use_reentrant=False)
+                out, value_sum, count = checkpoint(self._chunk, lead, cut, value_sum, count, use_reentrant=False)
             else:
-                out, *sums = self._chunk(lead, *cut, *sums)
+                out, value_sum, count = self._chunk(lead, cut, value_sum, count)
             outs.append(out)
         return torch.cat(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :longest]
 
-    def _chunk(self, lead: int, near_q: Tensor, near_k: Tensor, v: Tensor, far_q: Tensor, word: Tensor, code: Tensor,
-               value_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _chunk(
+        self, lead: int, blocks: list[Tensor], value_sum: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Blocks `lead` and on of the given ones, given the sums over all blocks before these; returns (U - lead, G, H,
         M, E), and the sums over all but the last two blocks."""
+        near_q, near_k, v, far_q, word, code = blocks
         share = near_q.shape[2] // near_k.shape[2]
         cache = v if self.config.grad_through_cache else v.detach()
         strict, size = self.config.band == "strict", self.window
