@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.attention import KINDS
+from model.attention.codebook import VQConfig
 from model.positions import LAYOUTS
 
 
@@ -78,8 +79,10 @@ class ModelConfig:
     """RMS-normalise queries and keys, per head, before the rotation."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm of the backbone."""
-    attention: str = "dense"
-    """Kind of attention, a name of model.attention.KINDS."""
+    attention: list[str] | str = "dense"
+    """Kind of attention, a name of model.attention.KINDS: one for all layers, or a list with one for each."""
+    vq: VQConfig = field(default_factory=VQConfig)
+    """Of the layers of kind vq."""
     positions: str = "tv"
     """Position layout, a name of model.positions.LAYOUTS."""
     rope_base: float = 10000.0
@@ -119,8 +122,17 @@ class ModelConfig:
             raise ValueError(f"model.output_embedding tied_half_swap needs an even model.dim, not {self.dim}")
         if self.positions not in LAYOUTS:
             raise ValueError(f"model.positions {self.positions!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-        if self.attention not in KINDS:
-            raise ValueError(f"model.attention {self.attention!r} is unknown; choose one of {', '.join(KINDS)}")
+        for kind in self.layer_kinds:
+            if kind not in KINDS:
+                raise ValueError(f"model.attention {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if len(self.layer_kinds) != self.num_layers:
+            raise ValueError(f"model.attention lists {len(self.layer_kinds)} kinds for {self.num_layers} layers "
+                             "(model.num_layers)")  # fmt: skip
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """Kind of attention of every layer."""
+        return [self.attention] * self.num_layers if isinstance(self.attention, str) else self.attention
 
     @property
     def kv_heads(self) -> int:
@@ -174,7 +186,11 @@ class ModelConfig:
             patches: patches that are read.
         """
         backbone = slots * self.num_layers * self._layer_matrices()
-        attention = self.num_layers * self.num_heads * self.head_width * squared_lengths
+        num_vq = self.layer_kinds.count("vq")
+        # No more than with all keys: documents shorter than the window see no codewords.
+        seen = min(2 * slots * (self.vq.window + self.vq.codes), squared_lengths)
+        heads = self.num_heads * self.head_width
+        attention = heads * ((self.num_layers - num_vq) * squared_lengths + num_vq * seen)
         text = text_targets * self.dim * vocabulary_size
         rank = self.patch_bottleneck
         embed = patches * (self.patch_width * rank + rank * self.dim if rank else self.patch_width * self.dim)

@@ -24,6 +24,7 @@ from model.diffusion.guidance import Guidance, guide
 from model.diffusion.path import velocity
 from model.diffusion.sampler import SAMPLERS, uniform_grid
 from model.positions import Grid
+from model.rope import Rotation
 from model.ropeway import Ropeway
 
 _ROW_MULTIPLE = 8
@@ -359,11 +360,9 @@ class _Streams:
         self.length_R = self.length_R + active_R
         self.longest += 1
 
-    def _positions_at_length(self):  # type: ignore[no-untyped-def]
+    def _positions_at_length(self) -> Rotation:
         slots = slice(0, self.longest + 1)
-        angles = self.model.angles(Grid(*(column[:, slots] for column in self._grid())))
-        every = torch.arange(self.rows, device=self.length_R.device)
-        return type(angles)(*(part[every, self.length_R].unsqueeze(1) for part in angles))
+        return self.model.angles(Grid(*(column[:, slots] for column in self._grid())), self.length_R)
 
 
 def _new_slots(request: Request) -> int:

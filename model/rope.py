@@ -17,9 +17,10 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def frequencies(head_dim: int, base: float, kind: Literal["alternate", "paired"], device: torch.device) -> Tensor:
-    """theta_i = base^(-2i/E); `paired` gives both coordinates the same ones, base^(-4j/E). Returns (F,) float32."""
-    pair_F = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
+def frequencies(head_dim: int, base: float, kind: Literal["alternate", "paired"], device: torch.device,
+                dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
+    """theta_i = base^(-2i/E); `paired` gives both coordinates the same ones, base^(-4j/E). Returns (F,)."""
+    pair_F = torch.arange(head_dim // 2, device=device, dtype=dtype)
     if kind == "paired":
         pair_F = 2 * (pair_F // 2)
     return base ** (-2 * pair_F / head_dim)
@@ -35,7 +36,7 @@ def rotation(positions_BS2: Tensor, theta_F: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """Rotate (B, S, heads, E) by the slots' angles in float32; the result has the dtype of x."""
-    first, second = x.float().chunk(2, dim=-1)
+    """Rotate (B, S, heads, E) by the slots' angles in float32 or wider; the result has the dtype of x."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     turned = (first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin)
     return torch.cat(turned, dim=-1).to(x.dtype)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.attention.codebook import Codebook
 from model.batch import Batch, to_pixels
 from model.config import ModelConfig, Vocabulary
 from model.diffusion.flow import draw, flow_loss
@@ -27,6 +28,8 @@ class Losses(NamedTuple):
     """Cross-entropy in nats, summed over learned text tokens."""
     image: Tensor
     """Velocity error (mean over a patch's numbers and draws), summed over learned patches."""
+    commit: Tensor = torch.zeros(())
+    """Distance of quantised keys to their codewords, summed over slots, heads and layers (0 outside of training)."""
 
 
 class Ropeway(nn.Module):
@@ -77,6 +80,16 @@ class Ropeway(nn.Module):
                 with writable(self.text_head.weight):
                     nn.init.normal_(self.text_head.weight, std=0.02)
             self.diffusion_head.initialise(writable)
+            for codebook in self.codebooks().values():
+                codebook.initialise()
+
+    def codebooks(self) -> dict[str, Codebook]:
+        """The codebook of every quantised layer, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Codebook)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was learned, by name: parameters, and the codebooks, which are none."""
+        return dict(self.named_parameters()) | dict(self.named_buffers())
 
     def recompute_activations(self) -> None:
         """Keep only the inputs of blocks while training, and compute the rest again in the backward pass."""
@@ -94,14 +107,21 @@ class Ropeway(nn.Module):
         patches_ND = self.patch_embedding(patches_NP).to(x_BSD.dtype)
         return x_BSD.masked_scatter(is_patch_BS.unsqueeze(-1), patches_ND)
 
-    def angles(self, grid: Grid) -> Rotation:
-        """Rotary angles of every slot in float32."""
+    def angles(self, grid: Grid, slot_B: Tensor | None = None) -> Rotation:
+        """Rotary angles in float32 of every slot, or of one slot of each row."""
         config = self.config
         theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, grid.index_BS.device)
-        return rotation(LAYOUTS[config.positions](grid), theta_F)
+        positions_BS2 = LAYOUTS[config.positions](grid)
+        if slot_B is not None:
+            positions_BS2 = positions_BS2[torch.arange(len(slot_B), device=slot_B.device), slot_B].unsqueeze(1)
+        return rotation(positions_BS2, theta_F)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1."""
+        return self._read(batch)[0]
+
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states, and the commitment of quantised keys."""
         patches_NP = to_pixels(batch.patches_NP)
         if self.training and self.config.context_noise:
             patches_NP = self._noised_context(batch, patches_NP)
@@ -127,7 +147,8 @@ class Ropeway(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of a batch. Every parameter takes part, whatever kinds of targets the batch holds."""
-        hidden_XD = self.hidden(batch).flatten(0, 1)
+        hidden_BSD, commit = self._read(batch)
+        hidden_XD = hidden_BSD.flatten(0, 1)
         text_BS, image_BS = batch.targets()
         text_slot, image_slot = (mask.flatten().nonzero()[:, 0] for mask in (text_BS, image_BS))
         text_N = self.text_head(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
@@ -143,4 +164,4 @@ class Ropeway(nn.Module):
         image_N = flow_loss(
             self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, time_M1, noise_MP, head
         )
-        return Losses(text_N.sum(), image_N.sum())
+        return Losses(text_N.sum(), image_N.sum(), commit)

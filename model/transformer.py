@@ -1,23 +1,27 @@
 """The causal backbone: pre-RMSNorm blocks of attention and SwiGLU, with the names and shapes of Llama and Qwen."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import KINDS
+from model.attention.codebook import Quantised
 from model.config import ModelConfig
 from model.rope import Rotation
 
-Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""How a block's attention is called with (kind, q, k, v): over a whole batch, filling a state, or one step."""
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
+"""How a block's attention is called with (kind, q, k, v): over a whole batch, filling a state, or one step. Beside the
+output it returns what the pass wants of the layer, which comes out of the block unchanged."""
 
 
 class Attention(nn.Module):
     """Projections, optional query/key norm, and a kind of attention."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.head_width = width = config.head_width
         self.q_proj = nn.Linear(config.dim, config.num_heads * width, bias=False)
@@ -26,14 +30,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * width, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.kind = KINDS[config.attention](width)
+        self.kind = KINDS[kind](config)
 
-    def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BSD: Tensor, attend: Attend) -> tuple[Tensor, Any]:
         q, k, v = (
             linear(x_BSD).unflatten(-1, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.o_proj(attend(self.kind, q, k, v).flatten(2))
+        out, extra = attend(self.kind, q, k, v)
+        return self.o_proj(out.flatten(2)), extra
 
 
 class SwiGLU(nn.Module):
@@ -52,16 +57,17 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kind)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.ffn_width)
 
-    def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), attend)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+    def forward(self, x_BSD: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+        attended, extra = self.self_attn(self.input_layernorm(x_BSD), attend)
+        x_BSD = x_BSD + attended
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)), extra
 
 
 class Backbone(nn.Module):
@@ -69,38 +75,41 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.recompute = False
 
-    def forward(self, x_BSD: Tensor, angles: Rotation, documents: object) -> Tensor:
-        """Whole rows, each slot sees the past of its document."""
+    def forward(self, x_BSD: Tensor, angles: Rotation, documents: object) -> tuple[Tensor, Tensor]:
+        """Whole rows, each slot sees the past of its document. Also returns the commitment of keys to their codewords,
+        summed over the quantised layers (0 unless in training)."""
 
-        def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Quantised | None]:
             return kind(q, k, v, angles, documents)
 
+        commit = torch.zeros((), device=x_BSD.device)
         for layer in self.layers:
             if self.recompute:
-                x_BSD = checkpoint(layer, x_BSD, attend, use_reentrant=False)
+                x_BSD, told = checkpoint(layer, x_BSD, attend, use_reentrant=False)
             else:
-                x_BSD = layer(x_BSD, attend)
-        return self.norm(x_BSD)
+                x_BSD, told = layer(x_BSD, attend)
+            if told is not None:
+                # Here and not in the layer, which activation checkpointing runs twice.
+                layer.self_attn.kind.codebook.collect(told)  # type: ignore[union-attr, operator]
+                commit = commit + told.commit
+        return self.norm(x_BSD), commit
 
     def prefill(self, x_BSD: Tensor, angles: Rotation, documents: object, capacity: int) -> tuple[Tensor, list]:
         """Whole prompts, and one decode state per layer with room for `capacity` slots."""
         states: list = []
-
-        def attend(kind: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, state = kind.prefill(q, k, v, angles, documents, capacity)  # type: ignore[operator]
-            states.append(state)
-            return out
-
         for layer in self.layers:
-            x_BSD = layer(x_BSD, attend)
+            x_BSD, state = layer(x_BSD, lambda kind, q, k, v: kind.prefill(q, k, v, angles, documents, capacity))
+            states.append(state)
         return self.norm(x_BSD), states
 
     def step(self, x_B1D: Tensor, angles: Rotation, length_B: Tensor, longest: int, states: list) -> Tensor:
         """One more slot for every sample; sample b already holds length_B[b] slots."""
         for layer, state in zip(self.layers, states, strict=True):
-            x_B1D = layer(x_B1D, lambda kind, q, k, v, s=state: kind.step(q, k, v, angles, length_B, longest, s))
+            x_B1D, _ = layer(
+                x_B1D, lambda kind, q, k, v, s=state: (kind.step(q, k, v, angles, length_B, longest, s), None)
+            )
         return self.norm(x_B1D)

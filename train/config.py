@@ -165,6 +165,8 @@ class OptimSection:
     """Weight of the text loss (nats per token)."""
     image_weight: float = 1.0
     """Weight of the image loss (velocity error per patch)."""
+    commit_weight: float = 1e-4
+    """Weight of the distance of quantised keys to their codewords, in layers of attention vq."""
     max_skipped: int = 10
     """Stop after this many non-finite steps in a row, with the rows of the last one saved in run.dir/non_finite."""
     spike: float = 2.0
@@ -306,6 +308,9 @@ class Config:
         for stage in data.stages:
             if stage.weights and not any(weighted):
                 raise ValueError(f"the stage from step {stage.from_step} has weights; give every source of data one")
+        if "vq" in self.model.layer_kinds and self.model.vq.window < data.max_patches:
+            raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "
+                             f"{data.max_patches}, for all patches of an image to see each other in place")  # fmt: skip
         if data.shapes:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:

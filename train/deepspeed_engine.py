@@ -29,7 +29,7 @@ from data.tokenizer import Tokenizer
 from model.batch import Batch
 from model.ropeway import Losses, Ropeway
 from train.config import REDUCE_BUCKET, Config
-from train.engine import Counts, load_whole_moments, objective, prepare, whole_moments
+from train.engine import Counts, load_whole_moments, objective, prepare, update_codebooks, whole_moments
 from train.generator import build_model
 from train.optimizer import MOMENTS, adamw
 from train.pipeline import vocabulary_of
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
             fill(self.model, nullcontext)
             self.model.to(ranks.device)
         prepare(self.model, config)
-        self.shapes = {name: _shape(p) for name, p in self.model.named_parameters()}
+        self.shapes = {name: _shape(tensor) for name, tensor in self.model.tensors().items()}
         self.optimizer = adamw(self.model, config.optim)
         if self.stage == 0:
             self.optimizer.register_step_pre_hook(self._clip)
@@ -134,6 +134,7 @@ class DeepSpeedEngine:
         if self.stage:
             applied = self.parallel.was_step_applied()
             self.norm = float(self.parallel.get_global_grad_norm()) if applied else float("inf")
+        update_codebooks(self.model, self.ranks, applied=self.norm < float("inf"))
         return self.norm
 
     def _clip(self, *_: object) -> None:
@@ -145,9 +146,10 @@ class DeepSpeedEngine:
                 parameter.grad = None  # AdamW passes over it
 
     def parts(self) -> dict[str, Tensor]:
+        parts = {name: self.ranks.part(tensor.detach()) for name, tensor in self.model.tensors().items()}
         if self.stage == 3:
-            return {name: _own(p).detach().flatten() for name, p in self.model.named_parameters()}
-        return {name: self.ranks.part(p.detach()) for name, p in self.model.named_parameters()}
+            parts |= {name: _own(p).detach().flatten() for name, p in self.model.named_parameters()}
+        return parts
 
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
         if self.stage == 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.tokenizer import Tokenizer
+from model.attention.codebook import Codebook
 from model.batch import Batch
 from model.ropeway import Losses, Ropeway
 from train.config import Config, OptimSection
@@ -37,7 +38,7 @@ class Engine(Protocol):
     model: Ropeway
     bf16: bool
     shapes: dict[str, torch.Size]
-    """Of every parameter."""
+    """Of every parameter and codebook."""
 
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:
         """Forward and backward of one micro-batch; counts are those of the whole step over all ranks."""
@@ -49,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def parts(self) -> dict[str, Tensor]:
-        """This rank's numbers of every float32 weight, as `Ranks.part` divides them."""
+        """This rank's numbers of every float32 weight and codebook, as `Ranks.part` divides them."""
         ...
 
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
@@ -90,10 +91,10 @@ class TorchEngine:
         self.ranks, self.optim, self.bf16 = ranks, config.optim, uses_bf16(config.run.precision, ranks.device)
         self.model = model.to(ranks.device)
         prepare(self.model, config)
-        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.shapes = {name: tensor.shape for name, tensor in self.model.tensors().items()}
         self.parallel: DistributedDataParallel | None = None
         if ranks.world > 1:
-            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, broadcast_buffers=False)
         self.optimizer = adamw(self.model, self.optim)
 
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:
@@ -112,10 +113,11 @@ class TorchEngine:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        update_codebooks(self.model, self.ranks, applied=norm < float("inf"))
         return norm
 
     def parts(self) -> dict[str, Tensor]:
-        return {name: self.ranks.part(p.detach()) for name, p in self.model.named_parameters()}
+        return {name: self.ranks.part(tensor.detach()) for name, tensor in self.model.tensors().items()}
 
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
         return whole_moments(self.model, self.optimizer)
@@ -139,9 +141,36 @@ def prepare(model: Ropeway, config: Config) -> None:
 
 
 def objective(losses: Losses, counts: Counts, optim: OptimSection) -> Tensor:
-    """Weighted sum of the two losses, each divided by its global count."""
+    """Weighted sum of the losses, each divided by its global count; the commitment of keys by that of both."""
     text = optim.text_weight / max(counts.text, 1) * losses.text
-    return text + optim.image_weight / max(counts.image, 1) * losses.image
+    image = optim.image_weight / max(counts.image, 1) * losses.image
+    return text + image + optim.commit_weight / max(counts.text + counts.image, 1) * losses.commit
+
+
+def update_codebooks(model: Ropeway, ranks: Ranks, applied: bool) -> None:
+    """One step of every codebook from the keys of all micro-batches and ranks; none where the weights took none. A call
+    that all ranks make together."""
+    codebooks = list(model.codebooks().values())
+    sums = [codebook.take() for codebook in codebooks]
+    if codebooks and applied:
+        summed = ranks.summed(torch.cat(sums)).split([len(part) for part in sums])
+        for codebook, part in zip(codebooks, summed, strict=True):
+            codebook.update(part)
+
+
+@torch.no_grad()
+def fit_codebooks(engine: Engine, codebooks: list[Codebook], batch: Batch) -> None:
+    """Move the codewords of these codebooks to the means of the batch's keys (k-means), one layer after the other."""
+    model, ranks = engine.model.eval(), engine.ranks
+    for codebook in codebooks:
+        codebook.fitting = True
+    with autocast(ranks.device, engine.bf16):
+        model(batch.to(ranks.device))
+    model.train()
+    for codebook in codebooks:
+        codebook.fitting = False
+        for buffer in codebook.buffers():  # Every rank did the same, but rounding may differ from machine to machine.
+            buffer.copy_(ranks.summed(buffer if ranks.rank == 0 else torch.zeros_like(buffer)))
 
 
 def whole_moments(model: Ropeway, optimizer: torch.optim.AdamW) -> dict[str, Mapping[str, Tensor]]:
@@ -163,13 +192,15 @@ def load_whole_moments(
         optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **values}
 
 
-def fill_from(seed: int, weights: Mapping[str, Tensor] | None, where: str) -> Callable[..., None]:
+def fill_from(
+    seed: int, weights: Mapping[str, Tensor] | None, where: str, may_lack_codebooks: bool = False
+) -> Callable[..., None]:
     """What `make_engine` fills a model with: weights by name, or new ones from a seed."""
 
     def fill(model: Ropeway, writable: Callable[[Tensor], contextlib.AbstractContextManager]) -> None:
         if weights is None:
             model.initialise(seed, writable)
         else:
-            load_weights(model, weights, where, writable)
+            load_weights(model, weights, where, writable, may_lack_codebooks)
 
     return fill

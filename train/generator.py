@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from data.document import Document, Image, Text
@@ -134,22 +135,25 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Ropeway:
 
 @torch.no_grad()
 def load_weights(model: Ropeway, weights: Mapping[str, torch.Tensor], where: str,
-                 writable: Callable[[torch.Tensor], AbstractContextManager] = nullcontext) -> None:  # fmt: skip
-    """Copy weights by name, each within writable(parameter). Raises ValueError naming what is missing, unexpected or of
-    another shape."""
-    own = dict(model.named_parameters())
+                 writable: Callable[[torch.Tensor], AbstractContextManager] = nullcontext,
+                 may_lack_codebooks: bool = False) -> None:  # fmt: skip
+    """Copy weights and codebooks by name, parameters within writable(parameter). Raises ValueError naming what is
+    missing, unexpected or of another shape. may_lack_codebooks: those that are missing are left alone, to be fitted."""
+    own = model.tensors()
+    if may_lack_codebooks:
+        own = {name: tensor for name, tensor in own.items() if isinstance(tensor, nn.Parameter) or name in weights}
     for problem, names in (
         ("misses", sorted(own.keys() - weights.keys())),
         ("holds unexpected", sorted(weights.keys() - own.keys())),
     ):
         if names:
             raise ValueError(f"{where} {problem} {', '.join(names[:5])} ({len(names)} in all)")
-    for name, parameter in own.items():
+    for name, tensor in own.items():
         weight = weights[name]
-        with writable(parameter):
-            if parameter.shape != weight.shape:
-                raise ValueError(f"{where} holds {name} in shape {tuple(weight.shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(weight)
+        with writable(tensor) if isinstance(tensor, nn.Parameter) else nullcontext():
+            if tensor.shape != weight.shape:
+                raise ValueError(f"{where} holds {name} in shape {tuple(weight.shape)}, not {tuple(tensor.shape)}")
+            tensor.copy_(weight)
 
 
 def _image(pixels: np.ndarray) -> Image:

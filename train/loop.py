@@ -19,10 +19,10 @@ from model.batch import Batch
 from model.ropeway import Ropeway
 from train import checkpoint, estimate, pipeline, settings
 from train.config import Config
-from train.engine import Counts, Engine, fill_from, make_engine
+from train.engine import Counts, Engine, fill_from, fit_codebooks, make_engine
 from train.generator import Generator, build_model, load_weights
 from train.log import Log, environment, logger
-from train.meter import Meter, Spikes, coverage, line
+from train.meter import Meter, Spikes, codebook_values, coverage, line
 from train.optimizer import WeightAverage, learning_rate
 from train.precision import autocast
 from train.ranks import Joined, Ranks
@@ -32,6 +32,10 @@ _MAY_CHANGE = ("run.dir", "run.steps", "run.stop_after", "run.init_from", "run.d
                "data.workers", "engine", "checkpoint", "eval", "log")  # fmt: skip
 """Settings that may differ when a run is resumed: they do not change which rows are read or what is
 computed, except for run.steps, which stretches the learning-rate schedule of a run that is made longer."""
+
+
+_KEYS_PER_CODE = 16
+"""Slots per codeword that new codebooks are fitted to, if a step has so many."""
 
 
 @dataclass
@@ -93,7 +97,14 @@ def set_up(config: Config) -> Run:
     if not found and config.run.init_from:
         start = checkpoint.resolve(config.run.init_from)
         weights, where = checkpoint.Weights(start / "model"), str(start)
-    engine = make_engine(config, tokenizer, ranks, fill_from(config.run.seed, weights, where))
+    fill = fill_from(config.run.seed, weights, where, may_lack_codebooks=not found)
+    engine = make_engine(config, tokenizer, ranks, fill)
+    if not found:
+        new = [book for name, book in engine.model.codebooks().items() if f"{name}.count_KC" not in (weights or {})]
+        if new:
+            number = -(-_KEYS_PER_CODE * config.model.vq.codes // config.data.row_length)
+            first = list(range(min(number, config.data.rows_per_step)))
+            fit_codebooks(engine, new, pipeline.make_batch(mixture, first, config.run.seed))
     average = WeightAverage(engine.parts(), config.optim.ema_decay)
     saver = checkpoint.Saver(folder, tokenizer, config.checkpoint, writes=ranks.rank == 0)
     run = Run(config, ranks, engine, encoder, rows, held_out, average, saver)
@@ -175,6 +186,7 @@ def train(run: Run, dry_run: bool) -> None:
             ends = run.step == last or stopping > 0
             if run.step % config.log.every == 0 or ends:
                 values = meter.values(ranks) | {"lr": rate, "grad_norm": norm, "skipped": float(run.skipped)}
+                values |= codebook_values(engine.model)
                 if log:
                     seen = coverage(run.rows.mixture.seen(run.step * config.data.rows_per_step))
                     log.metrics(run.step, values | seen)

@@ -7,7 +7,7 @@ import torch
 
 from data.mixture import Seen
 from model.batch import Batch
-from model.ropeway import Losses
+from model.ropeway import Losses, Ropeway
 from train.config import Config
 from train.engine import Counts
 from train.log import logger
@@ -80,6 +80,12 @@ class Spikes:
                            (step - 1) * rows, step * rows - 1)  # fmt: skip
         self.seen += 1
         self.mean += (loss - self.mean) * max(1 - self._DECAY, 1 / self.seen)
+
+
+def codebook_values(model: Ropeway) -> dict[str, float]:
+    """Means over the quantised layers of what their codebooks measured in the last step; nothing if there are none."""
+    measured = [book.measured for book in model.codebooks().values() if book.measured]
+    return {key: sum(values[key] for values in measured) / len(measured) for key in (measured[0] if measured else {})}
 
 
 def line(step: int, steps: int, values: dict[str, float]) -> str:

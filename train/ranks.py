@@ -43,6 +43,13 @@ class Ranks:
         dist.all_reduce(summed)
         return summed.tolist()
 
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all ranks, bit by bit the same on each."""
+        if self.world > 1:
+            tensor = tensor.contiguous()
+            dist.all_reduce(tensor)
+        return tensor
+
     def from_first(self, value: int) -> int:
         """Rank 0's value."""
         return int(self.total([float(value) if self.rank == 0 else 0.0])[0])

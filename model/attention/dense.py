@@ -33,9 +33,10 @@ class DenseAttention(nn.Module):
         super().__init__()
         self.scale = head_dim**-0.5
 
-    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents) -> Tensor:
+    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
+                ) -> tuple[Tensor, None]:  # fmt: skip
         """Attend over whole rows; padding slots return zeros. Returns (B, S, H, E)."""
-        return self._grouped(rotate(q_BSHE, angles), rotate(k_BSKE, angles), v_BSKE, documents)
+        return self._grouped(rotate(q_BSHE, angles), rotate(k_BSKE, angles), v_BSKE, documents), None
 
     def prefill(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
                 capacity: int) -> tuple[Tensor, DenseState]:  # fmt: skip

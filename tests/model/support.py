@@ -1,4 +1,4 @@
-"""Rows, models and slow references that the tests of the model share. Nothing here calls the code under test."""
+"""Rows, models and slow references that the tests of the model share. No reference calls the code under test."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.attention import KINDS
+from model.attention.codebook import Codebook, VQConfig
 from model.batch import Batch
 from model.config import HeadConfig, ModelConfig, Vocabulary
 from model.ropeway import Ropeway
@@ -111,8 +113,19 @@ def tiny_config(**changes: object) -> ModelConfig:
     settings: dict = {
         "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "patch_size": 2,
         "head": HeadConfig(width=24, depth=2, draws=2),
+        "vq": VQConfig(codes=12, window=5),  # so short that documents reach beyond it
     }  # fmt: skip
     return ModelConfig(**(settings | changes))
+
+
+def make_kind(name: str, heads: int, kv_heads: int, width: int) -> nn.Module:
+    """A kind of attention by name, its codebook initialised."""
+    kind = KINDS[name](tiny_config(dim=heads * width, num_heads=heads, num_kv_heads=kv_heads))
+    for module in kind.modules():
+        if isinstance(module, Codebook):
+            torch.manual_seed(0)
+            module.initialise()
+    return kind
 
 
 def build(config: ModelConfig | None = None, seed: int = 0, silent: bool = False) -> Ropeway:
@@ -171,3 +184,41 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, document:
             weight = (keys @ query / math.sqrt(width)).softmax(0)
             out.append(weight @ v[seen, head // share].double())
     return torch.stack(out).view(num_slots, num_heads, width)
+
+
+def slow_vq(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, document: Tensor, codewords: Tensor, window: int,
+            band: str = "strict", through_cache: bool = True, base: float = 10000.0) -> Tensor:  # fmt: skip
+    """Softmax over all keys of the document, each replaced by its nearest codeword, in float64 and quadratic time.
+
+    q (S, H, E), k, v (S, K, E), positions (S, 2), document (S,), codewords (K, C, E). In the band both sides are
+    rotated to their positions, beyond it the query by window + 1. Gradients pass codewords straight through in the
+    band, and not at all beyond it.
+    """
+    q, k, v, codewords = q.double(), k.double(), v.double(), codewords.double()
+    num_slots, num_heads, width = q.shape
+    share, pairs = num_heads // k.shape[1], width // 2
+    theta = torch.tensor([base ** (-2 * i / width) for i in range(pairs)], dtype=torch.float64)
+    even = torch.arange(pairs) % 2 == 0
+    angle = torch.where(even, positions[:, :1].double(), positions[:, 1:].double()) * theta
+
+    def turned(x: Tensor, angle: Tensor) -> Tensor:
+        z = torch.complex(x[:, :pairs], x[:, pairs:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((z.real, z.imag), dim=1)
+
+    start = torch.tensor([int((document == d).nonzero()[0]) for d in document.tolist()])
+    index = torch.arange(num_slots) - start
+    i, j = index[:, None], index[None, :]
+    near = i - j <= window if band == "strict" else i // window - j // window <= 1
+    seen = (document[:, None] == document[None, :]) & (document > 0)[:, None] & (i >= j)
+    out = []
+    for head in range(num_heads):
+        key, value = k[:, head // share], v[:, head // share]
+        words = codewords[head // share]
+        word = words[((key.detach()[:, None] - words) ** 2).sum(-1).argmin(1)]
+        near_score = turned(q[:, head], angle) @ turned(word + key - key.detach(), angle).T
+        far_score = turned(q[:, head], (window + 1) * theta.expand_as(angle)) @ word.T
+        score = torch.where(near, near_score, far_score) / math.sqrt(width)
+        weight = score.masked_fill(~seen, -torch.inf).softmax(1).nan_to_num(0)
+        far_value = value if through_cache else value.detach()
+        out.append((weight * near) @ value + (weight * ~near) @ far_value)
+    return torch.stack(out, dim=1)

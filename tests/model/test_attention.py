@@ -8,7 +8,7 @@ from model.attention import KINDS
 from model.attention.dense import DenseAttention
 from model.attention.documents import Documents
 from model.rope import Rotation, frequencies, rotation
-from tests.model.support import slow_attention
+from tests.model.support import make_kind, slow_attention, slow_vq
 
 HEADS, WIDTH = 4, 8
 
@@ -40,7 +40,7 @@ def causality_error(kind: torch.nn.Module, document_BS: torch.Tensor, seed: int 
     batch, slots = document_BS.shape
     q, k, v = (torch.randn(batch, slots, 2, WIDTH, requires_grad=True) for _ in range(3))
     angles = rotation(torch.rand(batch, slots, 2), frequencies(WIDTH, 10000.0, "alternate", torch.device("cpu")))
-    out = kind(q, k, v, angles, Documents.of(document_BS))
+    out, _ = kind(q, k, v, angles, Documents.of(document_BS))
     worst = 0.0
     for b in range(batch):
         for i in range(slots):
@@ -58,12 +58,15 @@ class TestEveryKind:
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
     @pytest.mark.parametrize("seed", [0, 1])
     def test_forward_and_gradients_equal_the_slow_reference(self, name, seed, kv_heads) -> None:
-        if name != "dense":
-            pytest.skip("only dense is softmax attention; other kinds bring their own reference")
         q, k, v, positions, angles, document_BS = case(seed, kv_heads)
-        found = KINDS[name](WIDTH)(q, k, v, angles, Documents.of(document_BS))
+        kind = make_kind(name, HEADS, kv_heads, WIDTH)
+        found, _ = kind(q, k, v, angles, Documents.of(document_BS))
         rows = zip(q, k, v, positions, document_BS, strict=True)
-        expected = torch.stack([slow_attention(*row) for row in rows])
+        if name == "vq":
+            codewords = kind.codebook.codewords_KCE
+            expected = torch.stack([slow_vq(*row, codewords, kind.window) for row in rows])
+        else:
+            expected = torch.stack([slow_attention(*row) for row in rows])
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
         weight = torch.randn_like(expected)
         got = torch.autograd.grad((found.double() * weight).sum(), (q, k, v))
@@ -73,11 +76,11 @@ class TestEveryKind:
 
     def test_nothing_flows_back_in_time_or_between_documents(self, name) -> None:
         document_BS = torch.tensor([[1] * 5 + [2] * 4 + [3] + [0] * 2, [1] * 7 + [2] * 5])
-        assert causality_error(KINDS[name](WIDTH), document_BS) == 0
+        assert causality_error(make_kind(name, 2, 2, WIDTH), document_BS) == 0
 
     def test_padding_returns_zeros(self, name) -> None:
         q, k, v, _, angles, document_BS = case(3, 2)
-        out = KINDS[name](WIDTH)(q, k, v, angles, Documents.of(document_BS))
+        out, _ = make_kind(name, HEADS, 2, WIDTH)(q, k, v, angles, Documents.of(document_BS))
         assert (document_BS == 0).any()
         assert (out[document_BS == 0] == 0).all()
 
@@ -87,9 +90,9 @@ class TestEveryKind:
         total = slots + added
         angles = rotation(torch.rand(3, total, 2) * 9, frequencies(WIDTH, 1e4, "alternate", torch.device("cpu")))
         q, k, v = (torch.randn(3, total, heads, WIDTH) for heads in (4, 2, 2))
-        kind = KINDS[name](WIDTH)
+        kind = make_kind(name, 4, 2, WIDTH)
         whole = torch.arange(total) < torch.tensor(lengths)[:, None] + added
-        expected = kind(q, k, v, angles, Documents.of(whole.long()))
+        expected, _ = kind(q, k, v, angles, Documents.of(whole.long()))
         prompt = Documents.of((torch.arange(slots) < torch.tensor(lengths)[:, None]).long())
 
         def at(x: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import generate as generation
+from model.attention import KINDS
 from model.batch import Batch, to_bytes
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
@@ -107,13 +108,20 @@ def mixed_seed(seed: int, stream: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "sampler", "scale"),
-    [("x", "euler", 1.0), ("x", "heun", 1.0), ("x", "euler", 2.5), ("v", "euler", 1.0), ("eps", "heun", 2.5)],
+    ("prediction", "sampler", "scale", "attention"),
+    [
+        ("x", "euler", 1.0, "dense"),
+        ("x", "heun", 1.0, "dense"),
+        ("x", "euler", 2.5, "dense"),
+        ("v", "euler", 1.0, "dense"),
+        ("eps", "heun", 2.5, "dense"),
+        *(("x", "euler", 2.5, kind) for kind in (*KINDS, ["vq", "dense"]) if kind != "dense"),
+    ],
 )
-def test_cached_generation_equals_the_parallel_form(prediction, sampler, scale) -> None:
+def test_cached_generation_equals_the_parallel_form(prediction, sampler, scale, attention) -> None:
     """Greedy text is the argmax of the uncached logits, and patches are what the head draws from uncached states."""
-    config = tiny_config(head=HeadConfig(width=24, depth=2, prediction=prediction, noise_scale=1.5))
-    model = build(config)
+    head = HeadConfig(width=24, depth=2, prediction=prediction, noise_scale=1.5)
+    model = build(tiny_config(head=head, attention=attention))
     sampling = Sampling(temperature=0, sampler=sampler, steps=4, guidance=Guidance(scale))
     requests, checked = random_requests(5), Counter[str]()
     for request, segments in zip(requests, generate(model, requests, sampling), strict=True):

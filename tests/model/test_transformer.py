@@ -18,7 +18,7 @@ def test_hidden_states_see_only_the_past_of_their_document(kind, qk_norm) -> Non
     batch = batch_of([[Words([1, 2]), picture(rng, 2, 2)], [Words([3, 4, 5])]], [[Words([6])]], length=18)
     model = build(tiny_config(attention=kind, qk_norm=qk_norm))
     x = model.embed(batch.token_BS, batch.rows_BS > 0, batch.patches_NP.float() / 127.5 - 1).detach().requires_grad_()
-    hidden = model.backbone(x, model.angles(batch.grid), batch.documents)
+    hidden, _ = model.backbone(x, model.angles(batch.grid), batch.documents)
     weight = torch.randn(hidden.shape[-1])
     document = batch.document_BS
     for b in range(2):

@@ -1,0 +1,185 @@
+"""Softmax attention over all keys against Transformer-VQ: training and decoding, time and memory, by length."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from benchmarks.report import Result, Row
+from model.attention.codebook import VQConfig
+from model.attention.dense import DenseAttention, DenseState
+from model.attention.documents import Documents
+from model.attention.vq import VQAttention
+from model.rope import Rotation, frequencies, rotation
+from train.ranks import pick_device
+
+_TRAIN, _DECODE = "forward+backward", "decode"
+
+
+def run(
+    lengths: list[int] | None = None,
+    decode_lengths: list[int] | None = None,
+    dense_up_to: int = 32768,
+    heads: int = 8,
+    width: int = 64,
+    codes: int = 256,
+    window: int = 256,
+    band: Literal["strict", "block"] = "strict",
+    chunk_blocks: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "auto",
+    rounds: int = 3,
+    steps: int = 50,
+) -> Result:
+    """One attention layer over rows of a single document, with random queries, keys and values.
+
+    Args:
+        lengths: slots of the row for forward and backward; default 1024, 2048, ..., 131072.
+        decode_lengths: slots that are held when one more is decoded; default 1024, 8192, 32768, 131072.
+        dense_up_to: longest row that dense attention is trained on.
+        heads: query and key/value heads. width: of a head.
+        codes: codewords. window, band, chunk_blocks: see model.vq.
+        dtype: of queries, keys and values.
+        device: cpu, cuda or auto.
+        rounds: timed rounds; in each one both kinds take their turn at a length.
+        steps: decoded slots per round.
+    """
+    place, kind_of = pick_device(device), getattr(torch, dtype)
+    lengths = lengths or [2**n for n in range(10, 18)]
+    decode_lengths = decode_lengths or [1024, 8192, 32768, 131072]
+    config = VQConfig(codes=codes, window=window, band=band, chunk_blocks=chunk_blocks)
+    vq = VQAttention(width, heads, 10000.0, "alternate", config)
+    torch.manual_seed(0)
+    vq.codebook.initialise()
+    kinds: dict[str, nn.Module] = {"dense": DenseAttention(width), "vq": vq.to(place)}
+    rows: list[Row] = []
+    for length in lengths:
+        calls = {name: _training(kind, length, heads, width, kind_of, place) for name, kind in kinds.items()
+                 if name == "vq" or length <= dense_up_to}  # fmt: skip
+        rows += _measure(calls, _TRAIN, length, rounds, place, 1)
+    for length in decode_lengths:
+        calls = {name: _decoding(kind, length, heads, width, kind_of, place, steps) for name, kind in kinds.items()}
+        rows += _measure(calls, _DECODE, length, rounds, place, steps)
+    summary = [*_summary(rows, _TRAIN, lengths), *_summary(rows, _DECODE, decode_lengths)]
+    notes = (
+        f"{heads} heads of {width}, {codes} codewords, window {window}, {band} band, {dtype}, batch 1, "
+        f"{torch.get_num_threads()} thread(s). Seconds: medians of {rounds} round(s), per slot when decoding. Memory: "
+        f"{'the peak' if place.type == 'cuda' else 'what autograd keeps for the backward pass'}, and the decode "
+        "state. Forward and backward includes the search for the nearest codewords and the codebook's sums. "
+        f"Dense was trained up to {dense_up_to} slots; its decode state holds random keys. {_crossover(summary)}"
+    )
+    return Result("attention", rows, summary, notes, _figure(summary), device=place)
+
+
+def _training(kind: nn.Module, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+              ) -> Callable[[], int]:  # fmt: skip
+    """Forward and backward; the call returns bytes."""
+    q, k, v = (torch.randn(1, length, heads, width, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    angles, documents = _angles(length, width, device), Documents.of(torch.ones(1, length, dtype=torch.long)).to(device)
+    weight = torch.randn_like(q)
+
+    def call() -> int:
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out, _ = kind(q, k, v, angles, documents)
+        torch.autograd.grad(out, (q, k, v), weight)
+        return torch.cuda.max_memory_allocated() - before if device.type == "cuda" else sum(kept.values())
+
+    return call
+
+
+@torch.no_grad()
+def _decoding(kind: nn.Module, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
+              steps: int) -> Callable[[], int]:  # fmt: skip
+    """`steps` slots more than `length`; the call returns the bytes of the state."""
+    state: Any
+    if isinstance(kind, VQAttention):
+        q, k, v = torch.randn(3, 1, length, heads, width, dtype=dtype, device=device)
+        documents = Documents.of(torch.ones(1, length, dtype=torch.long)).to(device)
+        _, state = kind.eval().prefill(q, k, v, _angles(length, width, device), documents, length + steps)
+        kind.train()
+    else:
+        state = DenseState(*torch.randn(2, 1, heads, length + steps + 64, width, dtype=dtype, device=device))
+    one = torch.randn(3, 1, 1, heads, width, dtype=dtype, device=device)
+    angles = _angles(1, width, device)
+
+    @torch.no_grad()
+    def call() -> int:
+        for step in range(length, length + steps):
+            kind.step(*one, angles, torch.tensor([step], device=device), step, state)  # type: ignore[operator]
+        if isinstance(kind, VQAttention):
+            state.summed_B = (state.summed_B - steps).clamp(min=0)  # the next round decodes the same slots
+        return sum(x.nbytes for x in vars(state).values())
+
+    return call
+
+
+def _measure(calls: dict[str, Callable[[], int]], what: str, length: int, rounds: int, device: torch.device,
+             parts: int) -> list[Row]:  # fmt: skip
+    rows: list[Row] = []
+    for number in range(-1, rounds):  # the first one warms up
+        for name, call in calls.items():
+            _wait(device)
+            began = time.perf_counter()
+            size = call()
+            _wait(device)
+            if number >= 0:
+                rows.append({"kind": name, "device": device.type, "pass": what, "length": length,
+                             "seconds": (time.perf_counter() - began) / parts, "bytes": size})  # fmt: skip
+    return rows
+
+
+def _summary(rows: list[Row], what: str, lengths: list[int]) -> list[Row]:
+    table: list[Row] = []
+    for length in lengths:
+        found: Row = {"pass": what, "length": length}
+        for name in ("dense", "vq"):
+            mine = [row for row in rows if (row["pass"], row["length"], row["kind"]) == (what, length, name)]
+            seconds = [float(row["seconds"] or 0) for row in mine]
+            found[f"{name}, ms"] = 1e3 * statistics.median(seconds) if mine else None
+            found[f"{name}, MB"] = float(mine[0]["bytes"] or 0) / 1e6 if mine else None
+        dense, vq = found["dense, ms"], float(found["vq, ms"] or 0)
+        found["dense / vq"] = float(dense) / vq if dense else None
+        found["vq, us per slot"] = 1e3 * vq / (length if what == _TRAIN else 1)
+        table.append(found)
+    return table
+
+
+def _crossover(summary: list[Row]) -> str:
+    faster = [int(row["length"] or 0) for row in summary if row["pass"] == _TRAIN and float(row["dense / vq"] or 0) > 1]
+    return f"VQ trains faster from {min(faster)} slots on." if faster else "VQ was not faster at any length."
+
+
+def _figure(summary: list[Row]) -> Figure:
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axis, what in zip(figure.subplots(1, 2), (_TRAIN, _DECODE), strict=True):
+        for name in ("dense", "vq"):
+            points = [
+                (row["length"], row[f"{name}, ms"]) for row in summary if row["pass"] == what and row[f"{name}, ms"]
+            ]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xlabel="slots", ylabel="ms", xscale="log", yscale="log", title=what)
+        axis.legend()
+    return figure
+
+
+def _angles(length: int, width: int, device: torch.device) -> Rotation:
+    positions = torch.arange(1.0, length + 1, device=device)[None, :, None].expand(1, length, 2)
+    return rotation(positions, frequencies(width, 10000.0, "alternate", device))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,251 @@
+"""Transformer-VQ attention: softmax over vector-quantised keys, in time linear in the length (arXiv 2309.16354).
+
+Inside a window, 0 <= i - j <= M by index in the document, query i and codeword j are rotated to their positions as in
+every other kind. Beyond it, all keys count as M + 1 slots away (ReRoPE, spaces.ac.cn/archives/9708): the score depends
+on the codeword alone, so what is beyond is C codewords, with the log of the number and the mean value of their keys.
+
+A document is computed in blocks of M slots. The queries of a block see
+
+    own      its own block, causal                                    rotated to positions
+    before   the block before, where i - j <= M (all, band = block)   rotated to positions
+    between  the block before, where i - j > M (band = strict)        constant rotation
+    far      all blocks before that, summed per codeword              constant rotation
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention.codebook import Codebook, Quantised, VQConfig
+from model.attention.documents import Documents, Group
+from model.attention.merge import MASKED, Part, attend
+from model.rope import Rotation, frequencies, rotate
+
+
+@dataclass
+class VQState:
+    """What decoding needs of the past, of a size that does not grow: the last R slots one by one, slot i in place
+    i mod R, and sums over everything before `summed_B`. R is M + 1 (strict) or 2 M (block)."""
+
+    key_BKRE: Tensor
+    """Codewords rotated to their positions."""
+    code_BKR: Tensor
+    value_BKRE: Tensor
+    value_sum_BKCE: Tensor
+    """float32, per codeword."""
+    count_BKC: Tensor
+    summed_B: Tensor
+    """Slots in the sums. A slot that is written twice, because its row was not active, is added once."""
+
+
+class VQAttention(nn.Module):
+    """Causal softmax attention over quantised keys inside each document."""
+
+    def __init__(self, head_dim: int, kv_heads: int, rope_base: float,
+                 rope_frequencies: Literal["alternate", "paired"], config: VQConfig) -> None:  # fmt: skip
+        super().__init__()
+        self.scale, self.config, self.window = head_dim**-0.5, config, config.window
+        self.rope_base, self.rope_frequencies = rope_base, rope_frequencies
+        self.codebook = Codebook(kv_heads, head_dim, config)
+
+    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation,
+                documents: Documents) -> tuple[Tensor, Quantised | None]:  # fmt: skip
+        """Attend over whole rows; padding slots return zeros. Returns (B, S, H, E), and in training what the codebook
+        has to tell."""
+        word_BSKE, code_BSK, told = self.codebook(k_BSKE, _real(documents, k_BSKE))
+        return self._attended(q_BSHE, word_BSKE, code_BSK, v_BSKE, angles, documents), told
+
+    def prefill(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
+                capacity: int) -> tuple[Tensor, VQState]:  # fmt: skip
+        """Attend over prompts that begin at slot 0 of their row, and keep what decoding needs, for any capacity."""
+        real_BS = _real(documents, k_BSKE)
+        word_BSKE, code_BSK, _ = self.codebook(k_BSKE, real_BS)
+        out = self._attended(q_BSHE, word_BSKE, code_BSK, v_BSKE, angles, documents)
+        length_B, ring = real_BS.sum(1), self._ring
+        place_R = torch.arange(ring, device=length_B.device)
+        last_B1 = length_B[:, None] - 1
+        held_BR = (last_B1 - (last_B1 - place_R) % ring).clamp(min=0)  # the last slot of each place
+        row_B1 = torch.arange(len(length_B), device=length_B.device)[:, None]
+        key, code, value = (x[row_B1, held_BR].transpose(1, 2) for x in (rotate(word_BSKE, angles), code_BSK, v_BSKE))
+        state = VQState(key, code, value, *self._empty_sums(v_BSKE), summed_B=(length_B - ring).clamp(min=0))
+        is_summed_BS = torch.arange(real_BS.shape[1], device=length_B.device) < state.summed_B[:, None]
+        _add(state, code_BSK.transpose(1, 2), v_BSKE.transpose(1, 2), is_summed_BS)
+        return out, state
+
+    def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, longest: int,
+             state: VQState) -> Tensor:  # fmt: skip
+        """One more slot for every sample, at a cost that does not depend on what went before. length_B: slots held."""
+        word_B1KE, code_B1K, _ = self.codebook(k_B1KE, torch.ones_like(length_B, dtype=torch.bool)[:, None])
+        ring, sample = self._ring, torch.arange(len(length_B), device=length_B.device)
+        place = length_B % ring
+        # The slot that gives way joins the sums, unless it did so when this one was first written.
+        leaves_B = state.summed_B <= length_B - ring
+        _add(state, state.code_BKR[sample, :, place].unsqueeze(2), state.value_BKRE[sample, :, place].unsqueeze(2),
+             leaves_B[:, None])  # fmt: skip
+        state.summed_B = state.summed_B + leaves_B
+        state.key_BKRE[sample, :, place] = rotate(word_B1KE, angles)[:, 0]
+        state.code_BKR[sample, :, place] = code_B1K[:, 0]
+        state.value_BKRE[sample, :, place] = v_B1KE[:, 0]
+
+        back_BR = (length_B[:, None] - torch.arange(ring, device=length_B.device)) % ring
+        held_BR = length_B[:, None] - back_BR  # the slot in each place, negative if there is none yet
+        heads, wide = state.key_BKRE.shape[1], state.value_sum_BKCE.dtype
+        near_BKGE, far_BKGE = (
+            rotate(q_B1HE, turn)[:, 0].unflatten(1, (heads, -1)) for turn in (angles, self._beyond(angles))
+        )
+        near_BKGR = (near_BKGE @ state.key_BKRE.transpose(-1, -2)).to(wide)
+        codewords_KCE = self.codebook.codewords_KCE.to(q_B1HE.dtype)
+        far_BKGC = (far_BKGE @ codewords_KCE.transpose(-1, -2)).to(wide)
+        if self.config.band == "block":
+            in_band_BR = held_BR // self.window >= (length_B // self.window - 1)[:, None]
+            between_BKGR = far_BKGC.gather(-1, state.code_BKR.unsqueeze(2).expand_as(near_BKGR))
+            near_BKGR = torch.where(in_band_BR[:, None, None], near_BKGR, between_BKGR)
+        near_BKGR = (near_BKGR * self.scale).masked_fill((held_BR < 0)[:, None, None], -torch.inf)
+        far_BKGC = far_BKGC * self.scale + state.count_BKC.log().unsqueeze(2)
+        weight = torch.cat((near_BKGR, far_BKGC), dim=-1).softmax(-1)
+        weight_BKGR, weight_BKGC = weight.split((ring, far_BKGC.shape[-1]), dim=-1)
+        mean_weight_BKGC = weight_BKGC / state.count_BKC.clamp(min=1).unsqueeze(2)
+        out = (weight_BKGR.to(v_B1KE.dtype) @ state.value_BKRE).to(wide) + mean_weight_BKGC @ state.value_sum_BKCE
+        return out.to(q_B1HE.dtype).flatten(1, 2).unsqueeze(1)
+
+    @property
+    def _ring(self) -> int:
+        """Slots that decoding holds one by one."""
+        return self.window + 1 if self.config.band == "strict" else 2 * self.window
+
+    def _beyond(self, angles: Rotation) -> Rotation:
+        """The one rotation of queries against keys beyond the window, whose own is none: M + 1 on both coordinates."""
+        wide = torch.float64
+        theta_F = frequencies(2 * angles.cos.shape[-1], self.rope_base, self.rope_frequencies, angles.cos.device, wide)
+        angle = (self.window + 1) * theta_F
+        return Rotation(angle.cos().to(angles.cos.dtype), angle.sin().to(angles.cos.dtype))
+
+    def _empty_sums(self, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (v_BSKE.shape[0], v_BSKE.shape[2], self.config.codes)
+        wide = torch.promote_types(v_BSKE.dtype, torch.float32)
+        return v_BSKE.new_zeros(*shape, v_BSKE.shape[-1], dtype=wide), v_BSKE.new_zeros(shape, dtype=wide)
+
+    def _attended(self, q_BSHE: Tensor, word_BSKE: Tensor, code_BSK: Tensor, v_BSKE: Tensor, angles: Rotation,
+                  documents: Documents) -> Tensor:  # fmt: skip
+        """word, code: the keys' codewords, with a gradient to the keys, and their numbers."""
+        flat = [
+            x.flatten(0, 1)
+            for x in (
+                rotate(q_BSHE, angles),
+                rotate(word_BSKE, angles),
+                v_BSKE,
+                rotate(q_BSHE, self._beyond(angles)),
+                word_BSKE.detach(),
+                code_BSK,
+            )
+        ]
+        out = torch.zeros_like(flat[0])
+        for group in documents.groups:
+            attended = self._short(group, *flat[:3]) if self._is_short(group) else self._blocks(group, *flat)
+            out = out.index_copy(0, group.slot_GL[group.valid_GL], attended[group.valid_GL])
+        return out.view_as(q_BSHE)
+
+    def _is_short(self, group: Group) -> bool:
+        return group.slot_GL.shape[1] <= self._ring  # then every slot sees all of its past in the window
+
+    def _short(self, group: Group, q_XHE: Tensor, k_XKE: Tensor, v_XKE: Tensor) -> Tensor:
+        """Documents that fit into the window, (G, L, H, E)."""
+        q, k, v = (
+            x.index_select(0, group.slot_GL.flatten()).unflatten(0, group.slot_GL.shape).transpose(1, 2)
+            for x in (q_XHE, k_XKE, v_XKE)
+        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True).transpose(
+            1, 2
+        )
+
+    def _blocks(self, group: Group, *flat: Tensor) -> Tensor:
+        """Longer documents, (G, L, H, E). Inside, U counts blocks and M slots of a block: (U, G, H, M, E)."""
+        documents, longest = group.slot_GL.shape
+        number = -(-longest // self.window)
+        last = torch.arange(number * self.window, device=group.slot_GL.device).clamp(max=longest - 1)
+        slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
+        slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1)
+        blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
+        value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
+        size, outs = self.config.chunk_blocks or number, []
+        for begin in range(0, number, size):
+            lead = min(begin, 2)  # blocks before the chunk that its queries still see one by one, or that join the sums
+            cut = [x[begin - lead : begin + size] for x in blocks]
+            if size < number and torch.is_grad_enabled():
+                out, value_sum, count = checkpoint(self._chunk, lead, cut, value_sum, count, use_reentrant=False)
+            else:
+                out, value_sum, count = self._chunk(lead, cut, value_sum, count)
+            outs.append(out)
+        return torch.cat(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :longest]
+
+    def _chunk(
+        self, lead: int, blocks: list[Tensor], value_sum: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks `lead` and on of the given ones, given the sums over all blocks before these; returns (U - lead, G, H,
+        M, E), and the sums over all but the last two blocks."""
+        near_q, near_k, v, far_q, word, code = blocks
+        share = near_q.shape[2] // near_k.shape[2]
+        cache = v if self.config.grad_through_cache else v.detach()
+        strict, size = self.config.band == "strict", self.window
+        ones = torch.ones(size, size, dtype=near_q.dtype, device=near_q.device)
+
+        def queries(x: Tensor, begin: int) -> Tensor:
+            return x[begin:].flatten(0, 1)
+
+        def keys(x: Tensor, begin: int, end: int) -> Tensor:
+            return x[begin:end].flatten(0, 1).repeat_interleave(share, 1) if share > 1 else x[begin:end].flatten(0, 1)
+
+        parts = [Part(queries(near_q, lead), keys(near_k, lead, len(v)), keys(v, lead, len(v)), causal=True)]
+        documents = v.shape[1]
+        if len(v) > 1:
+            begin = max(lead, 1)
+            first = (begin - lead) * documents
+            span = (begin - 1, len(v) - 1)
+            before = MASKED * ones.tril(-1) if strict else None
+            parts.append(Part(queries(near_q, begin), keys(near_k, *span), keys(v, *span), before, first=first))
+            if strict:
+                parts.append(Part(queries(far_q, begin), keys(word, *span), keys(cache, *span), MASKED * ones.triu(),
+                                  first=first))  # fmt: skip
+        if len(v) > 2:
+            mean, log_count, value_sum, count = _far(code[:-2], cache[:-2], value_sum, count)
+            codewords = self.codebook.codewords_KCE.to(far_q.dtype).expand_as(mean)
+            parts.append(Part(queries(far_q, 2), keys(codewords, 0, len(v)), keys(mean, 0, len(v)),
+                              keys(log_count, 0, len(v)).unsqueeze(2), first=(2 - lead) * documents))  # fmt: skip
+        return attend(parts, self.scale).unflatten(0, (-1, documents)), value_sum, count
+
+
+def _far(code: Tensor, v: Tensor, value_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean value and log count of every codeword over the blocks up to each one, (U, G, K, C, E) and (U, G, K, C), and
+    the sums at the last. code (U, G, K, M), v (U, G, K, M, E); the sums before: (G, K, C, E), (G, K, C)."""
+    shape = (*code.shape[:3], count.shape[-1])
+    rows = code.shape[:3].numel()
+    index = (code.reshape(rows, -1) + shape[-1] * torch.arange(rows, device=code.device)[:, None]).flatten()
+    wide = value_sum.dtype
+    block_count = count.new_zeros(rows * shape[-1]).index_add_(0, index, count.new_ones(len(index))).view(shape)
+    block_sum = value_sum.new_zeros(rows * shape[-1], v.shape[-1]).index_add(
+        0, index, v.reshape(-1, v.shape[-1]).to(wide)
+    )
+    counts = block_count.cumsum(0) + count
+    sums = block_sum.view(*shape, -1).cumsum(0) + value_sum
+    mean = sums / counts.clamp(min=1).unsqueeze(-1)
+    return mean.to(v.dtype), counts.log().clamp(min=MASKED), sums[-1], counts[-1]
+
+
+def _add(state: VQState, code_BKN: Tensor, value_BKNE: Tensor, chosen_BN: Tensor) -> None:
+    """Add the chosen ones of N slots of every row to its sums."""
+    chosen_B1N = chosen_BN.unsqueeze(1).to(state.count_BKC.dtype)
+    state.count_BKC.scatter_add_(2, code_BKN, chosen_B1N.expand(code_BKN.shape))
+    value = value_BKNE.to(state.value_sum_BKCE.dtype) * chosen_B1N.unsqueeze(-1)
+    state.value_sum_BKCE.scatter_add_(2, code_BKN.unsqueeze(-1).expand_as(value), value)
+
+
+def _real(documents: Documents, x_BS: Tensor) -> Tensor:
+    """True where a slot belongs to a document, (B, S)."""
+    real_X = torch.zeros(x_BS.shape[:2], dtype=torch.bool, device=x_BS.device).flatten()
+    for group in documents.groups:
+        real_X = real_X.index_fill(0, group.slot_GL.flatten(), True)
+    return real_X.view(x_BS.shape[:2])
