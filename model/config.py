@@ -44,7 +44,8 @@ class HeadConfig:
     """From noise to data: the straight line of rectified flow, or a variance-preserving schedule of DDPM."""
     objective: Literal["matching", "ddpm", "shortcut", "consistency"] = "matching"
     """matching: regress to the data. ddpm: also learn the variance of the steps of 1000. shortcut: also learn jumps of
-    1/64 to 1 (sample with euler in 1, 2, ..., 64 steps). consistency: learn to jump to the end."""
+    1/64 to 1 (sample with euler in 1, 2, ..., 64 steps). consistency: learn to jump to the end
+    (time_law uniform; sample with consistency, or with euler in one step)."""
     consistency_steps: int = 32
     """Times on which neighbours shall agree where a jump ends (objective consistency)."""
     draws: int = 4
@@ -71,18 +72,17 @@ class HeadConfig:
             _positive(f"model.head.{name}", getattr(self, name))
         if not 0 < self.time_eps < 1:
             raise ValueError(f"model.head.time_eps is {self.time_eps}; it must lie between 0 and 1")
-        if self.jumps:
+        if self.objective == "consistency" and self.time_law != "uniform":
+            # Sampling starts at t = 0, which the logit-normal law hardly ever draws.
+            raise ValueError(f"model.head.time_law {self.time_law} does not go with model.head.objective consistency; "
+                             "choose uniform")  # fmt: skip
+        if self.objective in ("shortcut", "consistency"):
             # At t = 0, where few-step sampling starts, eps is known: it says nothing about the jump to x.
             for name, value, wanted in (("path", self.path, ("flow",)), ("prediction", self.prediction, ("x", "v")),
                                         ("loss", self.loss, ("x", "v"))):  # fmt: skip
                 if value not in wanted:
                     raise ValueError(f"model.head.{name} {value} does not go with model.head.objective "
                                      f"{self.objective}; choose {' or '.join(wanted)}")  # fmt: skip
-
-    @property
-    def jumps(self) -> bool:
-        """Whether the head learns to move over more than the smallest time."""
-        return self.objective in ("shortcut", "consistency")
 
     @property
     def outputs(self) -> int:
@@ -153,8 +153,8 @@ class ModelConfig:
         if self.head_width % 4:
             raise ValueError(f"the head width {self.head_width} (model.dim / model.num_heads) must be a multiple of 4")
         if self.patch_size % 2 ** (self.head.loss_scales - 1):
-            raise ValueError(f"model.head.loss_scales {self.head.loss_scales} needs a model.patch_size that is a multiple "
-                             f"of {2 ** (self.head.loss_scales - 1)}, not {self.patch_size}")  # fmt: skip
+            raise ValueError(f"model.head.loss_scales {self.head.loss_scales} needs a model.patch_size that is a "
+                             f"multiple of {2 ** (self.head.loss_scales - 1)}, not {self.patch_size}")  # fmt: skip
         if self.output_embedding == "tied_half_swap" and self.dim % 2:
             raise ValueError(f"model.output_embedding tied_half_swap needs an even model.dim, not {self.dim}")
         if self.positions not in LAYOUTS:

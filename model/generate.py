@@ -52,7 +52,7 @@ class Sampling:
     grid: str = "uniform"
     """A name of model.diffusion.sampler.GRIDS: where the steps lie in time."""
     time_shift: float = 1.0
-    """Factor on noise over signal at the times of the grid: n for pictures n times as wide as those it was found for."""
+    """Factor on noise over signal at the times of the grid: n for pictures n times as wide as those it was made for."""
     noise_temperature: float = 1.0
     """Factor on the noise that ddpm, sde and consistency add."""
     clamp: bool = False

@@ -143,9 +143,7 @@ class Ropeway(nn.Module):
         place = (batch.row_BS, batch.col_BS, batch.rows_BS, batch.cols_BS)
         location_N4 = torch.stack([column.flatten()[target] for column in place], dim=-1)
         draws = draw(image_BS.sum(1).tolist(), list(batch.seed_B), self.config.patch_width, head, hidden_XD.device)
-        image_M = head_loss(
-            self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, draws, head
-        )
+        image_M = head_loss(self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, draws, head)
         return Losses(text_N.sum(), image_M.sum() / head.draws, _by_time(image_M.detach(), draws.time_M1[:, 0]))
 
 
