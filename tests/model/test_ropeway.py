@@ -246,3 +246,19 @@ def test_bfloat16_autocast_keeps_losses_in_float32_and_close() -> None:
     for one, other in zip(exact[:2], rough[:2], strict=True):
         assert other.dtype == torch.float32
         assert float(other) == pytest.approx(float(one), rel=0.05)
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_image_loss_by_time_adds_up(draws) -> None:
+    rng = np.random.default_rng(3)
+    batch = batch_of([random_document(rng), [picture(rng, 3, 3)]])
+    head = HeadConfig(width=24, depth=2, draws=draws)
+    losses = build(tiny_config(head=head))(batch)
+    loss_T, count_T = losses.image_by_time
+    assert not losses.image_by_time.requires_grad
+    assert float(loss_T.sum() / draws) == pytest.approx(float(losses.image), rel=1e-5)
+    counts = [int(n) for n in batch.seed_B], batch.targets()[1].sum(1).tolist()
+    times = torch.cat(
+        [draw([n], [seed], 12, head, torch.device("cpu")).time_M1 for seed, n in zip(*counts, strict=True)]
+    )
+    assert count_T.tolist() == [int(((times >= k / 10) & (times < (k + 1) / 10)).sum()) for k in range(10)]

@@ -223,6 +223,7 @@ def test_a_bound_of_five_hundredths_would_leave_noise() -> None:
     assert found.item() == pytest.approx(0.04 * 0.6 * 0.6, rel=1e-9)
 
 
+@pytest.mark.slow  # importing the peer takes long
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 4, 50])
 @pytest.mark.parametrize("kind", ["ddim", "ddpm", "ddpm learned"])
