@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, help="pictures or documents (default: 540 shapes, 1000 digits, 500 texts)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: eval.guidance of the run)")
     parser.add_argument("--steps", type=int, help="sampler steps per patch (default: eval.sampler_steps of the run)")
-    parser.add_argument("--sampler", default="euler", choices=SAMPLERS, help="sampler of a patch (default: euler)")
+    parser.add_argument("--sampler", default="euler", help=f"one of {', '.join(SAMPLERS)} (default: euler)")
     parser.add_argument(
         "--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)"
     )

@@ -254,9 +254,10 @@ def test_image_loss_by_time_adds_up(draws) -> None:
     batch = batch_of([random_document(rng), [picture(rng, 3, 3)]])
     head = HeadConfig(width=24, depth=2, draws=draws)
     losses = build(tiny_config(head=head))(batch)
+    assert losses.image.requires_grad
     loss_T, count_T = losses.image_by_time
     assert not losses.image_by_time.requires_grad
-    assert float(loss_T.sum() / draws) == pytest.approx(float(losses.image), rel=1e-5)
+    assert float(loss_T.sum() / draws) == pytest.approx(float(losses.image.detach()), rel=1e-5)
     counts = [int(n) for n in batch.seed_B], batch.targets()[1].sum(1).tolist()
     times = torch.cat(
         [draw([n], [seed], 12, head, torch.device("cpu")).time_M1 for seed, n in zip(*counts, strict=True)]
