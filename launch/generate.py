@@ -17,7 +17,7 @@ from data.command import OneLineParser, fail
 from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
-from model.diffusion.sampler import SAMPLERS
+from model.diffusion.sampler import GRIDS, SAMPLERS
 from model.generate import Sampling
 from train import checkpoint
 from train.generator import Generator, Order
@@ -206,9 +206,15 @@ def _sampling(arguments: argparse.Namespace, folder: Path) -> Sampling:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        guidance=Guidance(scale, arguments.guidance_schedule, low, high),
+        guidance=Guidance(
+            scale, arguments.guidance_schedule, low, high, arguments.guidance_image, arguments.guidance_renormalise
+        ),
         sampler=arguments.sampler,
         steps=config.sampler_steps if arguments.steps is None else arguments.steps,
+        grid=arguments.time_grid,
+        time_shift=arguments.time_shift,
+        noise_temperature=arguments.noise_temperature,
+        clamp=arguments.clamp,
     )
 
 
@@ -244,8 +250,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-schedule", default="constant", choices=["constant", "linear", "interval"])
     add("--guidance-interval", type=float, nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"),
         help="flow times of the interval schedule, 0 noise, 1 data (default: 0.1 1.0)")  # fmt: skip
+    add("--guidance-image", type=float, default=1.0,
+        help="guidance scale of the images in the prompt, 1 is off (default: 1)")  # fmt: skip
+    add("--guidance-renormalise", action="store_true", help="guided velocities are no longer than conditional ones")
     add("--sampler", default="euler", choices=SAMPLERS, help="sampler of a patch (default: euler)")
     add("--steps", type=int, help="sampler steps per patch (default: the run's eval.sampler_steps)")
+    add("--time-grid", default="uniform", choices=GRIDS, help="where the steps lie in time (default: uniform)")
+    add("--time-shift", type=float, default=1.0,
+        help="factor on noise over signal along the steps; n suits pictures n times as wide (default: 1)")  # fmt: skip
+    add("--noise-temperature", type=float, default=1.0,
+        help="factor on the noise that ddpm, sde and consistency add (default: 1)")  # fmt: skip
+    add("--clamp", action="store_true", help="keep what each head evaluation points to within the range of pixels")
     add("--temperature", type=float, default=0.0, help="of text; 0 takes the most probable token (default: 0)")
     add("--top-k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all (default: 0)")
     add("--top-p", type=float, default=1.0, help="keep tokens up to this total probability (default: 1)")

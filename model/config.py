@@ -36,27 +36,64 @@ class HeadConfig:
     depth: int = 4
     """Residual blocks."""
     prediction: Literal["x", "v", "eps"] = "x"
-    """What the network outputs: the clean patch, the velocity or the noise. The loss is in v (JiT)."""
+    """What the network outputs: the clean patch, the velocity or the noise."""
+    loss: Literal["x", "v", "eps"] = "v"
+    """What the error is measured in, whatever the network outputs (JiT)."""
+    loss_scales: int = 1
+    """The error is averaged over a patch as it is and pooled by 2, 4, ..., to this many scales."""
+    path: Literal["flow", "linear", "cosine"] = "flow"
+    """From noise to data: the straight line of rectified flow, or a variance-preserving schedule of DDPM."""
+    objective: Literal["matching", "ddpm", "shortcut", "consistency"] = "matching"
+    """matching: regress to the data. ddpm: also learn the variance of the steps of 1000. shortcut: also learn jumps of
+    1/64 to 1 (sample with euler in 1, 2, ..., 64 steps). consistency: learn to jump to the end
+    (time_law uniform; sample with consistency, or with euler in one step)."""
+    consistency_steps: int = 32
+    """Times on which neighbours shall agree where a jump ends (objective consistency)."""
     draws: int = 4
     """Independent (time, noise) draws per patch and step; the backbone runs once for all of them."""
+    time_law: Literal["logit-normal", "uniform"] = "logit-normal"
+    """Law of the training time."""
     time_mean: float = -0.8
-    """Mean of the logit-normal law of the training time."""
+    """Mean of the logit-normal law."""
     time_std: float = 0.8
-    """Standard deviation of the logit-normal law of the training time."""
+    """Standard deviation of the logit-normal law."""
+    time_shift: float = 1.0
+    """Factor on noise over signal of the times that are drawn: n keeps a law found for pictures 1/n as wide."""
     time_eps: float = 0.05
-    """Lower bound of 1 - t (and of t for eps) where the loss divides by it."""
+    """Lower bound of what a loss divides by: the share of noise 1 - t (of data, t, for prediction eps)."""
     time_scale: float = 1.0
     """Factor on t before its sinusoidal embedding."""
     noise_scale: float = 1.0
     """Standard deviation of the noise at t = 0."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "draws"):
+        for name in ("width", "depth", "draws", "loss_scales", "consistency_steps"):
             _positive(f"model.head.{name}", getattr(self, name))
-        for name in ("time_std", "time_scale", "noise_scale"):
+        for name in ("time_std", "time_shift", "time_scale", "noise_scale"):
             _positive(f"model.head.{name}", getattr(self, name))
         if not 0 < self.time_eps < 1:
             raise ValueError(f"model.head.time_eps is {self.time_eps}; it must lie between 0 and 1")
+        if self.objective == "consistency" and self.time_law != "uniform":
+            # Sampling starts at t = 0, which the logit-normal law hardly ever draws.
+            raise ValueError(f"model.head.time_law {self.time_law} does not go with model.head.objective consistency; "
+                             "choose uniform")  # fmt: skip
+        if self.objective in ("shortcut", "consistency"):
+            # At t = 0, where few-step sampling starts, eps is known: it says nothing about the jump to x.
+            for name, value, wanted in (("path", self.path, ("flow",)), ("prediction", self.prediction, ("x", "v")),
+                                        ("loss", self.loss, ("x", "v"))):  # fmt: skip
+                if value not in wanted:
+                    raise ValueError(f"model.head.{name} {value} does not go with model.head.objective "
+                                     f"{self.objective}; choose {' or '.join(wanted)}")  # fmt: skip
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the network says about each number of a patch."""
+        return 2 if self.objective == "ddpm" else 1
+
+    @property
+    def evaluations(self) -> float:
+        """Forward and backward passes per draw; one without backward counts a third."""
+        return {"shortcut": 1 + 2 / 3 / 4, "consistency": 1 + 1 / 3}.get(self.objective, 1)
 
 
 @dataclass(frozen=True)
@@ -118,6 +155,9 @@ class ModelConfig:
             raise ValueError(f"model.context_noise is {self.context_noise}; it must lie in 0 <= x <= 1")
         if self.head_width % 4:
             raise ValueError(f"the head width {self.head_width} (model.dim / model.num_heads) must be a multiple of 4")
+        if self.patch_size % 2 ** (self.head.loss_scales - 1):
+            raise ValueError(f"model.head.loss_scales {self.head.loss_scales} needs a model.patch_size that is a "
+                             f"multiple of {2 ** (self.head.loss_scales - 1)}, not {self.patch_size}")  # fmt: skip
         if self.output_embedding == "tied_half_swap" and self.dim % 2:
             raise ValueError(f"model.output_embedding tied_half_swap needs an even model.dim, not {self.dim}")
         if self.positions not in LAYOUTS:
@@ -171,8 +211,10 @@ class ModelConfig:
     def _head_parameters(self) -> int:
         width, depth, patch = self.head.width, self.head.depth, self.patch_width
         blocks = depth * (5 * width**2 + 7 * width)
-        final = 2 * width**2 + 2 * width + width * patch + patch
+        final = 2 * width**2 + 2 * width + (width + 1) * patch * self.head.outputs
         time = 256 * width + width + width**2 + width
+        if self.head.objective == "shortcut":
+            time += SHORTCUTS * width
         location = LOCATION_FEATURES * width + width
         return blocks + final + time + location + (self.dim * width + width) + (patch * width + width)
 
@@ -194,10 +236,12 @@ class ModelConfig:
         text = text_targets * self.dim * vocabulary_size
         rank = self.patch_bottleneck
         embed = patches * (self.patch_width * rank + rank * self.dim if rank else self.patch_width * self.dim)
-        head = patch_targets * self.head.draws * self._head_parameters()
+        head = patch_targets * self.head.draws * self.head.evaluations * self._head_parameters()
         return 6.0 * (backbone + attention + text + embed + head)
 
 
+SHORTCUTS = 8
+"""Sizes of a shortcut: none (flow matching, which also stands for 1/128), 1/64, 1/32, ..., 1 of the way."""
 LOCATION_FEATURES = 256
 """Sinusoidal features of a target patch: 64 each for row, column and the distances to the far edges."""
 

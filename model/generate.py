@@ -6,7 +6,8 @@ The grammar is enforced, so every sequence decodes:
     cols: the first patch      patch: the next patch, after the last one <eoi>            <eoi>: text
 
 All samples advance together, whatever each one is writing. With guidance every sample has a second, unconditional
-stream that holds the same sequence without its text; both streams are rows of one batch.
+stream that holds the same sequence without its text, and perhaps a third that also lacks the images of the prompt; all
+streams are rows of one batch.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from tqdm import tqdm
 from model.attention.dense import KEY_MULTIPLE
 from model.attention.documents import Documents
 from model.batch import to_bytes, to_pixels
-from model.diffusion.guidance import Guidance, guide
-from model.diffusion.path import velocity
-from model.diffusion.sampler import SAMPLERS, uniform_grid
+from model.diffusion.field import Field
+from model.diffusion.guidance import Guidance
+from model.diffusion.path import PATHS
+from model.diffusion.sampler import GRIDS, SAMPLERS, grid_of
 from model.positions import Grid
 from model.rope import Rotation
 from model.ropeway import Ropeway
@@ -47,15 +49,27 @@ class Sampling:
     sampler: str = "euler"
     """A name of model.diffusion.sampler.SAMPLERS."""
     steps: int = 20
-    """Sampler steps per patch (Heun evaluates the head twice per step, except in the last)."""
+    """Sampler steps per patch (heun, midpoint and geometric evaluate the head twice per step, except in the last)."""
+    grid: str = "uniform"
+    """A name of model.diffusion.sampler.GRIDS: where the steps lie in time."""
+    time_shift: float = 1.0
+    """Factor on noise over signal at the times of the grid: n for pictures n times as wide as those it was made for."""
+    noise_temperature: float = 1.0
+    """Factor on the noise that ddpm, sde and consistency add."""
+    clamp: bool = False
+    """Keep the clean patch that each evaluation points to within [-1, 1]; the result always is."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        if self.grid not in GRIDS:
+            raise ValueError(f"time grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
         if self.steps < 1:
             raise ValueError(f"sampler steps is {self.steps}; it must be at least 1")
+        if not (self.time_shift > 0 and self.noise_temperature >= 0):
+            raise ValueError("sampling needs time_shift > 0 and noise_temperature >= 0")
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def generate(
             raise ValueError(f"a grid of {request.grid[0]} x {request.grid[1]} patches is outside 1 .. {limit}")
     model.eval()
     writers = [_Writer(request, model.vocabulary, model.config.patch_width) for request in requests]
-    streams = _Streams(model, requests, guided=sampling.guidance.active)
+    streams = _Streams(model, requests, sampling.guidance.streams)
     with tqdm(total=streams.capacity, disable=not progress, unit="slot", leave=False) as bar:
         while any(not writer.done for writer in writers):
             _advance(model, writers, streams, sampling)
@@ -148,20 +162,20 @@ def _advance(model: Ropeway, writers: list["_Writer"], streams: "_Streams", samp
             slots[b] = choice
     if draws:
         patch_NP = _sample_patches(model, writers, draws, streams, sampling)
-        patch_RP[draws] = patch_NP
-        patch_RP[[streams.second + b for b in draws]] = patch_NP
+        for first in streams.firsts:
+            patch_RP[[first + b for b in draws]] = patch_NP
     place = torch.zeros(streams.rows, 4, dtype=torch.long)
     active = torch.zeros(streams.rows, dtype=torch.bool)
     for b, slot in enumerate(slots):
         if slot is None:
             continue
-        writer, both = writers[b], [b, streams.second + b]
+        writer, every = writers[b], [first + b for first in streams.firsts]
         is_text = isinstance(slot, int) and slot < model.vocabulary.pad
         active[b] = True
-        active[both] |= not is_text  # Text never enters the unconditional stream.
-        token[both] = model.vocabulary.patch if slot == "patch" else int(slot)
+        active[every] |= not is_text  # Text enters the first stream only.
+        token[every] = model.vocabulary.patch if slot == "patch" else int(slot)
         if slot == "patch":
-            place[both] = torch.tensor(writer.place())
+            place[every] = torch.tensor(writer.place())
         writer.write(slot, patch_RP[b])
     streams.append(token.to(device), place.to(device), patch_RP, active.to(device), bool(draws))
 
@@ -170,26 +184,30 @@ def _sample_patches(model: Ropeway, writers: list["_Writer"], draws: list[int], 
                     sampling: Sampling) -> Tensor:  # fmt: skip
     """The next patch of every sample in draws, (len(draws), P) uint8."""
     device, head, config = streams.hidden_RD.device, model.diffusion_head, model.config.head
-    guided = sampling.guidance.active
+    guidance, path = sampling.guidance, PATHS[config.path]
     # Filled up for the same reason as the streams: products of few rows round differently.
     chosen = draws + draws[-1:] * (-len(draws) % _ROW_MULTIPLE)
-    rows = chosen + [streams.second + b for b in chosen] if guided else chosen
+    rows = [first + b for first in streams.firsts for b in chosen]
     location_N4 = torch.tensor([writers[b].place() for b in chosen], device=device)
-    z = torch.stack([writers[b].noise_P() for b in chosen]).to(device) * config.noise_scale
-    fraction_N1 = torch.tensor([[writers[b].fraction()] for b in chosen], device=device)
-    condition = head.condition(streams.hidden_RD[rows], location_N4.repeat(1 + guided, 1))
-    eps = config.time_eps if config.prediction == "eps" else 0.0
+    condition = head.condition(streams.hidden_RD[rows], location_N4.repeat(guidance.streams, 1))
+    if config.objective == "shortcut":
+        # Jumps are learned in powers of two, and Euler's steps of the uniform grid are jumps; all else is the flow.
+        jumps = sampling.sampler == "euler" and sampling.grid == "uniform" and sampling.time_shift == 1
+        steps = sampling.steps if jumps and sampling.steps.bit_count() == 1 else 0
+        condition = head.shortcut(condition, torch.full((len(condition),), steps, device=device))
 
-    def field(z: Tensor, time: float) -> Tensor:
-        z = z.repeat(1 + guided, 1)
-        predicted = head(z, z.new_full((len(z),), time), condition).float()
-        v = velocity(predicted, z, z.new_tensor(time), config.prediction, eps)
-        if not guided:
-            return v
-        conditional, unconditional = v.chunk(2)
-        return guide(conditional, unconditional, sampling.guidance.at(time, fraction_N1))
+    def random() -> Tensor:
+        fresh = {b: writers[b].fresh_P() for b in draws}
+        return sampling.noise_temperature * torch.stack([fresh[b] for b in chosen]).to(device)
 
-    return to_bytes(SAMPLERS[sampling.sampler](field, z, uniform_grid(sampling.steps)))[: len(draws)]
+    field = Field(
+        head, config, condition, guidance,
+        fraction_N1=torch.tensor([[writers[b].fraction()] for b in chosen], device=device), random=random,
+        clamp=sampling.clamp, learned_variance=config.objective == "ddpm" and sampling.sampler == "ddpm",
+    )  # fmt: skip
+    times = grid_of(sampling.grid, sampling.steps, path, sampling.time_shift)
+    z = torch.stack([writers[b].noise_P() for b in chosen]).to(device) * config.noise_scale * (1 - times[0])
+    return to_bytes(SAMPLERS[sampling.sampler](field, z, times, field.noise))[: len(draws)]
 
 
 def choose_tokens(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
@@ -271,6 +289,10 @@ class _Writer:
     def noise_P(self) -> Tensor:
         return self.noise_NP[self.written]
 
+    def fresh_P(self) -> Tensor:
+        """More noise for the patch that is being drawn."""
+        return torch.randn(self.patch_width, generator=self.image_random)
+
     def write(self, slot: int | str, patch_P: Tensor) -> None:
         """Take note of the slot that was chosen, and move on in the grammar."""
         v = self.vocabulary
@@ -303,21 +325,25 @@ class _Writer:
     def _begin_image(self) -> None:
         self.num_images += 1
         self.written, count = 0, self.rows * self.cols
-        random = torch.Generator().manual_seed(_mix(self.request.seed, self.num_images))
-        self.noise_NP = torch.randn(count, self.patch_width, generator=random)
+        self.image_random = torch.Generator().manual_seed(_mix(self.request.seed, self.num_images))
+        self.noise_NP = torch.randn(count, self.patch_width, generator=self.image_random)
         self.segments.append(GeneratedImage(self.rows, self.cols, np.zeros((count, self.patch_width), np.uint8)))
 
 
 class _Streams:
-    """The rows of the batch: one per sample, then, if guided, one per sample without text; with their decode states."""
+    """The rows of the batch: one per sample, then, if guided, one per sample without text, then perhaps one without
+    the prompt's images too; with their decode states."""
 
-    def __init__(self, model: Ropeway, requests: Sequence[Request], guided: bool) -> None:
+    def __init__(self, model: Ropeway, requests: Sequence[Request], count: int) -> None:
+        """count: number of streams, see Guidance.streams."""
         self.model = model
         filled = list(requests) + [requests[-1]] * (-len(requests) % _ROW_MULTIPLE)
         prompts = [request.prompt for request in filled]
-        self.second = len(filled) if guided else 0
-        if guided:
-            prompts += [_without_text(prompt, model.vocabulary.pad) for prompt in prompts]
+        self.firsts = [stream * len(filled) for stream in range(count)]
+        """The row of the first sample in each stream."""
+        textless = [_without_text(prompt, model.vocabulary.pad) for prompt in prompts]
+        imageless = [_beginning(prompt) for prompt in prompts]
+        prompts = [prompt for stream in (prompts, textless, imageless)[:count] for prompt in stream]
         self.rows = len(prompts)
         lengths = [len(prompt.token) for prompt in prompts]
         self.longest = -(-max(lengths) // KEY_MULTIPLE) * KEY_MULTIPLE
@@ -378,6 +404,12 @@ def _without_text(prompt: Prompt, first_special: int) -> Prompt:
     keep = prompt.token >= first_special
     columns = {name: getattr(prompt, name)[keep] for name in ("token", "row", "col", "rows", "cols")}
     return Prompt(**columns, patches=prompt.patches)
+
+
+def _beginning(prompt: Prompt) -> Prompt:
+    """<bos> alone."""
+    columns = {name: getattr(prompt, name)[:1] for name in ("token", "row", "col", "rows", "cols")}
+    return Prompt(**columns, patches=prompt.patches[:0])
 
 
 def _mix(seed: int, stream: int) -> int:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from model.attention.codebook import Codebook
 from model.batch import Batch, to_pixels
 from model.config import ModelConfig, Vocabulary
-from model.diffusion.flow import draw, flow_loss
 from model.diffusion.head import DiffusionHead
+from model.diffusion.objective import draw, head_loss
 from model.positions import LAYOUTS, Grid
 from model.rope import Rotation, frequencies, rotation
 from model.text_head import TextHead
 from model.transformer import Backbone
 
+TIME_BINS = 10
+"""Equal parts of the time, 0 noise to 1 data, that the image loss is also summed in."""
 _CONTEXT_STREAM = 0x5EED_C0DE  # apart from the row's stream of times and noises of the diffusion head
 Writable = Callable[[Tensor], AbstractContextManager]
 
@@ -27,7 +29,10 @@ class Losses(NamedTuple):
     text: Tensor
     """Cross-entropy in nats, summed over learned text tokens."""
     image: Tensor
-    """Velocity error (mean over a patch's numbers and draws), summed over learned patches."""
+    """Loss of the diffusion head (mean over a patch's numbers and draws), summed over learned patches."""
+    image_by_time: Tensor
+    """(2, TIME_BINS): the same loss summed over the draws in each part of the time, and the number of those draws. It
+    has no gradient."""
     commit: Tensor = torch.zeros(())
     """Distance of quantised keys to their codewords, summed over slots, heads and layers (0 outside of training)."""
 
@@ -158,10 +163,13 @@ class Ropeway(nn.Module):
         x_NP = to_pixels(batch.patches_NP[patch_ordinal[target]])
         place = (batch.row_BS, batch.col_BS, batch.rows_BS, batch.cols_BS)
         location_N4 = torch.stack([column.flatten()[target] for column in place], dim=-1)
-        time_M1, noise_MP = draw(
-            image_BS.sum(1).tolist(), list(batch.seed_B), self.config.patch_width, head, hidden_XD.device
-        )
-        image_N = flow_loss(
-            self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, time_M1, noise_MP, head
-        )
-        return Losses(text_N.sum(), image_N.sum(), commit)
+        draws = draw(image_BS.sum(1).tolist(), list(batch.seed_B), self.config.patch_width, head, hidden_XD.device)
+        image_M = head_loss(self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, draws, head)
+        by_time = _by_time(image_M.detach(), draws.time_M1[:, 0])
+        return Losses(text_N.sum(), image_M.sum() / head.draws, by_time, commit)
+
+
+def _by_time(loss_M: Tensor, time_M: Tensor) -> Tensor:
+    bin_M = (time_M * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    both_2M = torch.stack((loss_M, torch.ones_like(loss_M)))
+    return loss_M.new_zeros(2, TIME_BINS).index_add_(1, bin_M, both_2M)

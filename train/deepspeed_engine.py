@@ -125,7 +125,7 @@ class DeepSpeedEngine:
         losses = self.parallel(batch.to(self.ranks.device))
         # DeepSpeed averages over ranks; the counts already cover all of them.
         self.parallel.backward(self.ranks.world * objective(losses, counts, self.optim), scale_wrt_gas=False)
-        return Losses(losses.text.detach(), losses.image.detach())
+        return Losses(*(part.detach() for part in losses))
 
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:

@@ -103,7 +103,7 @@ class TorchEngine:
                 losses = (self.parallel or self.model)(batch.to(self.ranks.device))
             # DistributedDataParallel averages over ranks; the counts already cover all of them.
             (self.ranks.world * objective(losses, counts, self.optim)).backward()
-        return Losses(losses.text.detach(), losses.image.detach())
+        return Losses(*(part.detach() for part in losses))
 
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip, foreach=True).item()

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from data.command import OneLineParser, fail
-from data.document import Text
+from data.document import Document, Image, Text
 from data.source import digits as digits_source
 from data.source import shapes_oracle
 from data.source.shapes import Shapes, held_out_captions
 from data.source.stdlib import StandardLibrary
 from model.batch import Batch
 from model.diffusion.guidance import Guidance
+from model.diffusion.sampler import SAMPLERS
 from model.generate import Sampling
 from model.text_head import bits_per_byte
 from train import checkpoint
@@ -79,6 +80,7 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
     ])  # fmt: skip
     keys = {key for score in found for key in score}
     scores = {f"{name}, drawn, {key}": _mean([score[key] for score in found if key in score]) for key in sorted(keys)}
+    scores |= {f"{name}, {key}": value for key, value in _drift(task, prompts, drawn, expected, real).items()}
     return {f"{name}, pictures drawn": len(prompts), **scores, f"{name}, pictures read": len(real),
             f"{name}, caption exact": _mean(right)}  # fmt: skip
 
@@ -96,6 +98,7 @@ def digits(task: Task) -> Scores:
     save_grid(list(drawn[:100]), 10, task.out / "digits.png", gap=1)
     said = task.generator.captions(list(test_pixels), Sampling(temperature=0), progress=task.progress)
     patch = task.config.model.patch_size
+    real_prompts = [digits_source.caption(int(digit)) for digit in test_labels]
     return {
         "pictures drawn": task.num,
         "recognised as prompted": _mean(classifier.predict(_gray(drawn)) == wanted),
@@ -108,6 +111,7 @@ def digits(task: Task) -> Scores:
         "test split, caption exact": _mean(
             [text == digits_source.caption(label) for text, label in zip(said, test_labels, strict=True)]
         ),
+        **_drift(task, prompts, drawn, real_prompts, test_pixels),
     }
 
 
@@ -163,6 +167,29 @@ def seam_energy(pictures: Sequence[np.ndarray] | np.ndarray, patch: int) -> floa
     return float(np.concatenate(across).mean() / max(np.concatenate(inside).mean(), 1e-12))
 
 
+def _drift(task: Task, prompts: Sequence[str], drawn: Sequence[np.ndarray] | np.ndarray, real_prompts: Sequence[str],
+           real: Sequence[np.ndarray] | np.ndarray) -> Scores:  # fmt: skip
+    """The loss of the head on real pictures (every patch after the true ones) and on the model's own (every patch after
+    what it drew itself). A model of the true distribution has the same on both; a gap says that drawing drifts away."""
+    return {
+        "image loss, held-out pictures": image_loss(task.generator, real_prompts, real),
+        "image loss, own pictures": image_loss(task.generator, prompts, drawn),
+    }
+
+
+@torch.inference_mode()
+def image_loss(generator: Generator, captions: Sequence[str], pictures: Sequence[np.ndarray] | np.ndarray) -> float:
+    """Loss per patch of up to 100 pictures behind their captions; the i-th picture always gets the same noise."""
+    device = generator.model.token_embedding.weight.device
+    total = patches = 0.0
+    for i, (caption, pixels) in enumerate(zip(captions[:100], pictures[:100], strict=True)):
+        document = Document((Text(caption), Image(pixels.shape[0], pixels.shape[1], pixels)))
+        batch = Batch.collate([generator.encoder.encode(document)], [i]).to(device)
+        total += generator.model(batch).image.item()
+        patches += batch.counts()[1]
+    return total / max(patches, 1)
+
+
 def _gray(pixels: np.ndarray) -> np.ndarray:
     """(N, H, W, 3) bytes to (N, H * W) in 0..16, the range of the original digits."""
     return pixels.astype(np.float64).mean(-1).reshape(len(pixels), -1) * 16 / 255
@@ -204,7 +231,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, help="pictures or documents (default: 540 shapes, 1000 digits, 500 texts)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: eval.guidance of the run)")
     parser.add_argument("--steps", type=int, help="sampler steps per patch (default: eval.sampler_steps of the run)")
-    parser.add_argument("--sampler", default="euler", help="euler or heun (default: euler)")
+    parser.add_argument("--sampler", default="euler", help=f"one of {', '.join(SAMPLERS)} (default: euler)")
     parser.add_argument(
         "--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)"
     )

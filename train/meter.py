@@ -7,7 +7,7 @@ import torch
 
 from data.mixture import Seen
 from model.batch import Batch
-from model.ropeway import Losses, Ropeway
+from model.ropeway import TIME_BINS, Losses, Ropeway
 from train.config import Config
 from train.engine import Counts
 from train.log import logger
@@ -20,9 +20,11 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.text = self.image = torch.zeros(())
+        self.image_by_time = torch.zeros(2, TIME_BINS)
 
     def add(self, batch: Batch, losses: Losses, config: Config, vocabulary_size: int) -> None:
         self.text, self.image = self.text + losses.text.cpu(), self.image + losses.image.cpu()
+        self.image_by_time += losses.image_by_time.cpu()
         slots, text, image = int((batch.document_BS > 0).sum()), *batch.counts()
         self.sums["slots"] += slots
         self.sums["capacity"] += batch.document_BS.numel()
@@ -37,11 +39,13 @@ class Meter:
         self.sums["steps"] += 1
 
     def values(self, ranks: Ranks) -> dict[str, float]:
-        """Means over the steps and all ranks. A call that all ranks make together."""
+        """Means over the steps and all ranks; loss/image/from_0.3 is over the draws with times in 0.3 .. 0.4, where
+        there were some. A call that all ranks make together."""
         s = self.sums
-        text, image, slots, capacity, flops, replaced = ranks.total(
-            [float(self.text), float(self.image), s["slots"], s["capacity"], s["flops"], s["replaced"]]
-        )
+        text, image, slots, capacity, flops, replaced, *by_time = ranks.total(
+            [float(self.text), float(self.image), s["slots"], s["capacity"], s["flops"], s["replaced"],
+             *self.image_by_time.flatten().tolist()]
+        )  # fmt: skip
         return {
             "loss/text": text / max(s["num_text"], 1),
             "loss/image": image / max(s["num_image"], 1),
@@ -52,6 +56,10 @@ class Meter:
             "data_wait_percent": 100 * s["waited"] / s["seconds"],
             "fill_percent": 100 * slots / capacity,
             "replaced": replaced,
+        } | {
+            f"loss/image/from_{part / TIME_BINS:g}": loss / count
+            for part, (loss, count) in enumerate(zip(by_time[:TIME_BINS], by_time[TIME_BINS:], strict=True))
+            if count
         }
 
 

@@ -1,5 +1,6 @@
 """Classifier-free guidance v = v_u + s (v_c - v_u) (arXiv 2207.12598) and how its scale s varies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,34 +9,59 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scale of classifier-free guidance. 1 is off (no second stream is run), 0 ignores the condition."""
+    """Scales of classifier-free guidance. 1 is off (no further stream is run), 0 ignores the condition."""
 
     scale: float = 1.0
-    """Guidance scale s."""
+    """Guidance scale s of the text."""
     schedule: Literal["constant", "linear", "interval"] = "constant"
     """linear: 1 + (s-1)/N at the first of N patches to s at the last (MAR). interval: while low < t < high (JiT)."""
     low: float = 0.1
     """Lower time of the interval (0: from the very start)."""
     high: float = 1.0
     """Upper time of the interval."""
+    image_scale: float = 1.0
+    """Guidance scale of the images in the prompt, for editing; other than 1 it runs a third stream, without them."""
+    renormalise: bool = False
+    """Shorten the guided velocity of a patch to the length of the conditional one, if it is longer (BAGEL)."""
 
     def __post_init__(self) -> None:
-        if self.scale < 0:
-            raise ValueError(f"guidance scale is {self.scale}; it must not be negative")
+        for name in ("scale", "image_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"guidance {name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"guidance interval {self.low} .. {self.high} must satisfy 0 <= low < high <= 1")
 
     @property
-    def active(self) -> bool:
-        return self.scale != 1
+    def streams(self) -> int:
+        """How many are run: the sequence itself, that without text, that without text and images of the prompt."""
+        if self.image_scale != 1:
+            return 3
+        return 1 if self.scale == 1 else 2
 
     def at(self, time: float, fraction: Tensor) -> Tensor:
-        """Scale at a time for patches that complete the given fraction (0, 1] of their image, shape of fraction."""
+        """Scale at a straight time for patches that complete the given fraction (0, 1] of their image, shape of
+        fraction."""
+        return self._at(self.scale, time, fraction)
+
+    def _at(self, scale: float, time: float, fraction: Tensor) -> Tensor:
         if self.schedule == "linear":
-            return 1 + (self.scale - 1) * fraction
+            return 1 + (scale - 1) * fraction
         if self.schedule == "interval" and not ((time > self.low or self.low == 0) and time < self.high):
             return fraction.new_ones(fraction.shape)
-        return fraction.new_full(fraction.shape, self.scale)
+        return fraction.new_full(fraction.shape, scale)
+
+    def apply(self, velocities: Sequence[Tensor], time: float, fraction: Tensor) -> Tensor:
+        """The guided velocity from those of all streams, (N, P) each, in the order of `streams`. fraction: (N, 1)."""
+        if len(velocities) == 1:
+            return velocities[0]
+        conditional, textless = velocities[:2]
+        v = guide(conditional, textless, self.at(time, fraction))
+        if len(velocities) == 3:
+            v = v + (self._at(self.image_scale, time, fraction) - 1) * (textless - velocities[2])
+        if self.renormalise:
+            lengths = [part.norm(dim=-1, keepdim=True) for part in (conditional, v)]
+            v = v * (lengths[0] / lengths[1].clamp_min(1e-8)).clamp_max(1)
+        return v
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import LOCATION_FEATURES, ModelConfig
+from model.config import LOCATION_FEATURES, SHORTCUTS, ModelConfig
 
 _TIME_FEATURES = 256
 
@@ -17,7 +17,7 @@ _TIME_FEATURES = 256
 class DiffusionHead(nn.Module):
     """Predicts the clean patch, velocity or noise of a noised patch, given the hidden state before it and its place.
 
-    Every AdaLN linear and the last linear start at zero, so the output is exactly 0 at initialisation.
+    Every AdaLN linear, the last linear and the sizes of shortcuts start at zero: the output is exactly 0 at first.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -31,7 +31,9 @@ class DiffusionHead(nn.Module):
         self.time_out = nn.Linear(width, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.head.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.patch_out = nn.Linear(width, patch)
+        self.patch_out = nn.Linear(width, patch * config.head.outputs)
+        if config.head.objective == "shortcut":
+            self.shortcut_in = nn.Embedding(SHORTCUTS, width)
         self.recompute = False
 
     def initialise(self, writable: Callable[[Tensor], AbstractContextManager] = nullcontext) -> None:
@@ -47,7 +49,7 @@ class DiffusionHead(nn.Module):
             with writable(embedding.weight):
                 nn.init.normal_(embedding.weight, std=0.02)
         for name, parameter in self.named_parameters():
-            if "modulation" in name or name.startswith("patch_out"):
+            if "modulation" in name or name.startswith(("patch_out", "shortcut_in")):
                 with writable(parameter):
                     nn.init.zeros_(parameter)
 
@@ -61,8 +63,15 @@ class DiffusionHead(nn.Module):
         features = sinusoid(edges, LOCATION_FEATURES // 4).flatten(-2)
         return self.condition_in(hidden_ND) + self.location_in(features.to(hidden_ND.dtype))
 
+    def shortcut(self, condition_MW: Tensor, steps_M: Tensor) -> Tensor:
+        """The condition with the wish to move over 1 / steps of the way in one go (steps 1, 2, ..., 64); from 128 on,
+        or 0, the velocity is that of the flow. Returns (M, W)."""
+        steps_M = torch.where(steps_M == 0, 1 << (SHORTCUTS - 1), steps_M.long())
+        size_M = (SHORTCUTS - 1 - steps_M.float().log2().round().long()).clamp_min(0)
+        return condition_MW + self.shortcut_in(size_M)
+
     def forward(self, z_MP: Tensor, time_M: Tensor, condition_MW: Tensor) -> Tensor:
-        """One evaluation. time_M in [0, 1], 0 is noise. Returns (M, P)."""
+        """One evaluation. time_M in [0, 1], 0 is noise. Returns (M, P); with learned variance (M, 2P)."""
         features = sinusoid(time_M * self.time_scale, _TIME_FEATURES)
         # The embedding of the time stays float32 under autocast: nearby times must not collapse.
         with torch.autocast(z_MP.device.type, enabled=False):

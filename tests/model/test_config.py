@@ -24,6 +24,9 @@ from tests.model.support import VOCABULARY, Words, batch_of, build, picture, tin
         {"output_embedding": "tied_half_swap", "patch_bottleneck": 5},
         {"patch_bottleneck": 7, "patch_size": 4, "head": HeadConfig(width=40, depth=3)},
         {"num_layers": 1, "rope_frequencies": "paired", "positions": "tie"},
+        {"head": HeadConfig(width=40, depth=1, objective="ddpm", path="cosine", prediction="eps", loss="eps")},
+        {"head": HeadConfig(width=40, depth=1, objective="shortcut")},
+        {"head": HeadConfig(width=40, depth=1, objective="consistency", time_law="uniform")},
     ],
 )
 def test_parameter_counts(changes) -> None:
@@ -73,7 +76,7 @@ def test_flops_of_a_step() -> None:
     extra = 2 * config.num_layers * config.dim * batch.documents.squared_lengths  # the upper half of the scores
     with torch.no_grad():
         forward = counted(lambda: model(batch)) - extra
-    step = counted(lambda: sum(model(batch)).backward()) - 3 * extra
+    step = counted(lambda: sum(model(batch)[:2]).backward()) - 3 * extra
     head, width, draws = model.diffusion_head, config.head.width, config.head.draws
     no_matrices = sum(p.numel() for p in head.parameters() if p.dim() == 1)
     once = (config.dim + LOCATION_FEATURES) * width  # hidden state and place enter once for all draws
@@ -120,6 +123,7 @@ def test_defaults() -> None:
         ({"positions": "spiral"}, "tv"),
         ({"attention": "magic"}, "dense"),
         ({"rope_base": 0.0}, "model.rope_base"),
+        ({"patch_size": 6, "head": HeadConfig(loss_scales=3)}, "multiple of 4"),
     ],
 )
 def test_refusals(changes, word) -> None:
@@ -131,7 +135,9 @@ def test_refusals(changes, word) -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"width": 0}, {"depth": 0}, {"draws": 0}, {"time_std": 0.0}, {"time_eps": 0.0}, {"time_eps": 1.0},
-     {"noise_scale": -1.0}, {"time_scale": float("nan")}],
+     {"noise_scale": -1.0}, {"time_scale": float("nan")}, {"time_shift": 0.0}, {"loss_scales": 0},
+     {"consistency_steps": 0}, {"prediction": "eps", "objective": "shortcut"}, {"loss": "eps", "objective": "shortcut"},
+     {"path": "cosine", "objective": "shortcut"}, {"time_law": "logit-normal", "objective": "consistency"}],
 )  # fmt: skip
 def test_head_refusals(changes) -> None:
     with pytest.raises(ValueError, match=f"model.head.{next(iter(changes))}"):

@@ -1,6 +1,7 @@
 """Generation: equal to the parallel form, within the grammar, and the same pixels in every batch."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,9 @@ from model.attention import KINDS
 from model.batch import Batch, to_bytes
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
-from model.diffusion.sampler import SAMPLERS
+from model.diffusion.objective import OBJECTIVES
+from model.diffusion.path import PATHS
+from model.diffusion.sampler import GRIDS, SAMPLERS
 from model.generate import GeneratedImage, GeneratedText, Prompt, Request, Sampling, choose_tokens, generate
 from tests.model.support import (
     VOCABULARY,
@@ -289,6 +292,85 @@ def test_guidance_without_text_changes_at_most_the_rounding() -> None:
     guided = generate(model, requests, Sampling(steps=3, guidance=Guidance(4.0)))
     for one, other in zip(plain, guided, strict=True):
         assert np.abs(one[0].patches.astype(int) - other[0].patches).max() <= 1
+
+
+def head_of(objective: str) -> HeadConfig:
+    law = "uniform" if objective == "consistency" else "logit-normal"
+    return HeadConfig(width=24, depth=2, objective=objective, time_law=law)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_noise_on_the_way_depends_on_the_sample_alone(sampler, objective) -> None:
+    model = build(tiny_config(head=head_of(objective)))
+    requests = [image_request(seed, grid=(1, 2), max_text=0) for seed in (3, 4, 5)]
+    sampling = Sampling(steps=3, sampler=sampler)
+    together = generate(model, requests, sampling)
+    for request, out in zip(requests, together, strict=True):
+        assert same(generate(model, [request], sampling)[0], out)
+    assert not same(together[0], together[1])
+    other = generate(model, requests, replace(sampling, noise_temperature=0.3))
+    adds_noise = sampler in ("ddpm", "sde", "consistency")
+    assert same(other[0], together[0]) != adds_noise
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_patches_of_a_ddpm_path(path, grid) -> None:
+    """Euler's steps on the path are those of DDIM: noise and clean patch, mixed anew for the next time."""
+    head = HeadConfig(width=24, depth=2, path=path, prediction="v", noise_scale=1.5)
+    model = build(tiny_config(head=head))
+    seen = []
+    model.diffusion_head.register_forward_hook(lambda _, given, out: seen.append((given[0][0], given[1][0], out[0])))
+    (image,) = generate(model, [image_request(3, grid=(1, 1), max_text=0)], Sampling(steps=5, grid=grid, clamp=False))[
+        0
+    ]
+    points = [PATHS[path].at(time) for _, time, _ in seen]
+    for (z, _, v), at, (found, _, _), after in zip(seen[:-1], points[:-1], seen[1:], points[1:], strict=True):
+        x, e = at.alpha * z + at.sigma * v, at.sigma * z - at.alpha * v
+        torch.testing.assert_close(found, after.alpha * x + after.sigma * e, rtol=1e-3, atol=1e-3)
+    (z, _, v), at = seen[-1], points[-1]
+    assert (to_bytes(at.alpha * z + at.sigma * v).int() - torch.from_numpy(image.patches[0]).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("sampler", "steps", "wish"), [("euler", 4, 4), ("euler", 3, 0), ("heun", 4, 0)])
+def test_shortcuts_are_asked_for_where_steps_are_jumps(sampler, steps, wish, monkeypatch) -> None:
+    model = build(tiny_config(head=head_of("shortcut")))
+    asked, shortcut = [], model.diffusion_head.shortcut
+
+    def recording(condition: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        asked.append(set(size.tolist()))
+        return shortcut(condition, size)
+
+    monkeypatch.setattr(model.diffusion_head, "shortcut", recording)
+    generate(model, [image_request(1)], Sampling(sampler=sampler, steps=steps))
+    assert asked == [{wish}] * 4
+
+
+def test_third_stream_lacks_the_images_of_the_prompt() -> None:
+    model, rng = build(), np.random.default_rng(0)
+    pictures = [picture(rng, 2, 2) for _ in range(2)]
+    requests = [Request(prompt_of([Words([1]), image]), 5, True, (2, 2), max_text=0) for image in pictures]
+    ignored = Sampling(steps=2, guidance=Guidance(0.0, image_scale=0.0))
+    one, other = generate(model, requests, ignored)
+    assert np.abs(one[0].patches.astype(int) - other[0].patches).max() <= 1, "neither text nor image shall matter"
+    one, other = generate(model, requests, Sampling(steps=2, guidance=Guidance(0.0)))
+    assert not same(one, other)
+    bare = [image_request(seed) for seed in range(3)]  # no image in the prompt: its scale changes nothing
+    two, three = (generate(model, bare, Sampling(steps=2, guidance=Guidance(2.0, image_scale=s))) for s in (1.0, 5.0))
+    for a, b in zip(two, three, strict=True):
+        assert np.abs(a[0].patches.astype(int) - b[0].patches).max() <= 1
+
+
+def test_clamp_keeps_what_evaluations_point_to_in_range() -> None:
+    model = build()
+    with torch.no_grad():
+        model.diffusion_head.patch_out.weight.mul_(30)
+    wild = generate(model, [image_request(1, max_text=0)], Sampling(steps=4))[0]
+    tame = generate(model, [image_request(1, max_text=0)], Sampling(steps=4, clamp=True))[0]
+    assert not same(wild, tame)
+    one_step = [generate(model, [image_request(1, max_text=0)], Sampling(steps=1, clamp=flag))[0] for flag in (0, 1)]
+    assert same(*one_step)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

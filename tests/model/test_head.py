@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from model.config import HeadConfig
 from model.diffusion.head import DiffusionHead, sinusoid
 from tests.model.support import build, fill, tiny_config
 
@@ -75,6 +76,18 @@ def test_place_and_time_matter() -> None:
         moved[0, column] += 1
         assert not torch.allclose(head(z, time, head.condition(hidden, moved)), here)
     assert not torch.allclose(head(z, time + 0.1, head.condition(hidden, location)), here)
+
+
+def test_wishes_for_a_step_size() -> None:
+    """64, 32, ..., 1 steps have a row each; 0 and 128 and more, the flow, share one."""
+    head = build(tiny_config(head=HeadConfig(width=24, depth=2, objective="shortcut"))).diffusion_head
+    steps = torch.tensor([0, 256, 128, 64, 32, 16, 8, 4, 2, 1])
+    found = head.shortcut(torch.zeros(10, 24), steps)
+    rows = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert torch.equal(found, head.shortcut_in.weight[rows])
+    assert len(head.shortcut_in.weight) == 8
+    silent = build(tiny_config(head=HeadConfig(width=24, depth=2, objective="shortcut")), silent=True).diffusion_head
+    assert (silent.shortcut_in.weight == 0).all()
 
 
 def test_sinusoid() -> None:

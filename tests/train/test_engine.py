@@ -157,9 +157,9 @@ def test_a_mean_of_means_is_another_gradient(whole: dict[str, Tensor]) -> None:
 
 
 def test_counts_divide_and_no_target_divides_by_one() -> None:
-    losses = Losses(torch.tensor(6.0), torch.tensor(10.0))
+    losses = Losses(torch.tensor(6.0), torch.tensor(10.0), torch.zeros(2, 10))
     assert objective(losses, Counts(3, 5), CONFIG.optim).item() == pytest.approx(0.7 * 2 + 1.3 * 2)
-    assert objective(Losses(torch.tensor(0.0), torch.tensor(10.0)), Counts(0, 5), CONFIG.optim) == pytest.approx(2.6)
+    assert objective(losses._replace(text=torch.tensor(0.0)), Counts(0, 5), CONFIG.optim) == pytest.approx(2.6)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -16,7 +16,7 @@ from model.generate import Sampling
 from tests.train.support import TINY, assert_one_line, start
 from train import checkpoint, settings
 from train.config import TextSection
-from train.evaluate import SUITES, Task, _gray, frechet_distance, seam_energy
+from train.evaluate import SUITES, Task, _gray, frechet_distance, image_loss, seam_energy
 from train.evaluate import text as text_suite
 from train.generator import Generator
 
@@ -112,6 +112,18 @@ def test_bits_per_byte_of_uniform_logits(run: Path, tmp_path: Path) -> None:
     assert scores["bits per byte"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_image_loss_of_a_head_that_always_says_gray(run: Path) -> None:
+    """|x|^2 / (1 - t)^2 with the mean of 1 / (1 - t)^2 being 2.97 under the default law of times."""
+    generator = Generator.load(run)
+    with torch.no_grad():
+        for parameter in generator.model.diffusion_head.patch_out.parameters():
+            parameter.zero_()
+    expected = {255: 2.97, 204: 0.36 * 2.97, 127: 0.0}
+    for byte, loss in expected.items():
+        pictures = [np.full((32, 32, 3), byte, np.uint8)] * 20
+        assert image_loss(generator, ["a caption"] * 20, pictures) == pytest.approx(loss, rel=0.15, abs=1e-3)
+
+
 def test_shapes_suite_on_a_model_that_knows_nothing(run: Path) -> None:
     """Negative control: the oracle gives nothing away."""
     command = ("--checkpoint", run, "--suite", "shapes", "--num", 12)
@@ -121,6 +133,8 @@ def test_shapes_suite_on_a_model_that_knows_nothing(run: Path) -> None:
     scores = saved["scores"]
     assert scores["one object, pictures drawn"] == scores["one object, pictures read"] == 12
     assert scores["one object, drawn, all"] == scores["one object, caption exact"] == 0
+    assert scores["one object, image loss, held-out pictures"] > 0
+    assert scores["one object, image loss, own pictures"] > 0
     assert saved["sampling"]["steps"] == 2
     assert saved["checkpoint"] == str(checkpoint.resolve(run))
     assert "one object, drawn, all: 0.0000" in result.out
