@@ -13,7 +13,9 @@ from train import checkpoint
 pytest.importorskip("deepspeed", exc_type=ImportError)
 
 STEPS = 12
-TOLERANCE = 1e-5  # of a tensor's norm; float32 sums in another order, through twelve steps of AdamW
+# Of a tensor's norm. Sums are in another order, and where a gradient is nearly zero AdamW makes the difference larger,
+# twelve times at a learning rate of 0.01. A run on other rows ends at a distance of about 1.
+TOLERANCE = 1e-4
 DDP = ("--engine.backend=torch",)
 
 
