@@ -29,7 +29,7 @@ def run(
     codes: int = 256,
     window: int = 256,
     band: Literal["strict", "block"] = "strict",
-    chunk_blocks: int = 16,
+    chunk_blocks: int = 32,
     recompute_chunks: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",

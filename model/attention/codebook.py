@@ -39,7 +39,7 @@ class VQConfig:
     """Codewords that fewer keys per step fall to (a moving average) are moved beside the most used ones (0: never)."""
     grad_through_cache: bool = True
     """Whether values beyond the window get a gradient. Keys beyond it never do."""
-    chunk_blocks: int = 16
+    chunk_blocks: int = 32
     """Blocks (of `window` slots) computed at a time. Chunks that fit into the processor's caches are faster than a long
     document at once."""
     recompute_chunks: bool = False

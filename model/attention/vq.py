@@ -173,8 +173,8 @@ class VQAttention(nn.Module):
         value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
         outs, seen = [], [x[:0] for x in blocks]
         for chunk in zip(*(x.split(self.config.chunk_blocks) for x in blocks), strict=True):
-            # The queries of a chunk see the block before it one by one; the one before that joins the sums. No slices of
-            # the whole: the gradient of each would be as large as the whole.
+            # The queries of a chunk see the block before it one by one; the one before that joins the sums. No slices
+            # of the whole: the gradient of each would be as large as the whole.
             lead = len(seen[0])
             seen = [torch.cat(pair) for pair in zip(seen, chunk, strict=True)]
             if self.config.recompute_chunks and torch.is_grad_enabled():
