@@ -29,7 +29,8 @@ def run(
     codes: int = 256,
     window: int = 256,
     band: Literal["strict", "block"] = "strict",
-    chunk_blocks: int | None = None,
+    chunk_blocks: int = 32,
+    recompute_chunks: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     rounds: int = 3,
@@ -42,7 +43,7 @@ def run(
         decode_lengths: slots that are held when one more is decoded; default 1024, 8192, 32768, 131072.
         dense_up_to: longest row that dense attention is trained on.
         heads: query and key/value heads. width: of a head.
-        codes: codewords. window, band, chunk_blocks: see model.vq.
+        codes: codewords. window, band, chunk_blocks, recompute_chunks: see model.vq.
         dtype: of queries, keys and values.
         device: cpu, cuda or auto.
         rounds: timed rounds; in each one both kinds take their turn at a length.
@@ -51,7 +52,7 @@ def run(
     place, kind_of = pick_device(device), getattr(torch, dtype)
     lengths = lengths or [2**n for n in range(10, 18)]
     decode_lengths = decode_lengths or [1024, 8192, 32768, 131072]
-    config = VQConfig(codes=codes, window=window, band=band, chunk_blocks=chunk_blocks)
+    config = VQConfig(codes, window, band, chunk_blocks=chunk_blocks, recompute_chunks=recompute_chunks)
     vq = VQAttention(width, heads, 10000.0, "alternate", config)
     torch.manual_seed(0)
     vq.codebook.initialise()

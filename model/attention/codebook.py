@@ -39,16 +39,16 @@ class VQConfig:
     """Codewords that fewer keys per step fall to (a moving average) are moved beside the most used ones (0: never)."""
     grad_through_cache: bool = True
     """Whether values beyond the window get a gradient. Keys beyond it never do."""
-    chunk_blocks: int | None = None
-    """Blocks computed at a time, one chunk after the other and again in the backward pass, which bounds the memory.
-    Default: all at once."""
+    chunk_blocks: int = 32
+    """Blocks (of `window` slots) computed at a time. Chunks that fit into the processor's caches are faster than a long
+    document at once."""
+    recompute_chunks: bool = False
+    """Compute chunks again in the backward pass, which bounds what they keep."""
 
     def __post_init__(self) -> None:
-        for name in ("codes", "window"):
+        for name in ("codes", "window", "chunk_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.vq.{name} is {getattr(self, name)}; it must be positive")
-        if self.chunk_blocks is not None and self.chunk_blocks < 1:
-            raise ValueError(f"model.vq.chunk_blocks is {self.chunk_blocks}; it must be positive")
         if not 0 <= self.decay < 1:
             raise ValueError(f"model.vq.decay is {self.decay}; it must lie in 0 <= x < 1")
         if not self.reset_below >= 0:

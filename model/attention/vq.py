@@ -171,15 +171,18 @@ class VQAttention(nn.Module):
         slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1)
         blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
         value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
-        size, outs = self.config.chunk_blocks or number, []
-        for begin in range(0, number, size):
-            lead = min(begin, 2)  # blocks before the chunk that its queries still see one by one, or that join the sums
-            cut = [x[begin - lead : begin + size] for x in blocks]
-            if size < number and torch.is_grad_enabled():
-                out, value_sum, count = checkpoint(self._chunk, lead, cut, value_sum, count, use_reentrant=False)
+        outs, seen = [], [x[:0] for x in blocks]
+        for chunk in zip(*(x.split(self.config.chunk_blocks) for x in blocks), strict=True):
+            # The queries of a chunk see the block before it one by one; the one before that joins the sums. No slices
+            # of the whole: the gradient of each would be as large as the whole.
+            lead = len(seen[0])
+            seen = [torch.cat(pair) for pair in zip(seen, chunk, strict=True)]
+            if self.config.recompute_chunks and torch.is_grad_enabled():
+                out, value_sum, count = checkpoint(self._chunk, lead, seen, value_sum, count, use_reentrant=False)
             else:
-                out, value_sum, count = self._chunk(lead, cut, value_sum, count)
+                out, value_sum, count = self._chunk(lead, seen, value_sum, count)
             outs.append(out)
+            seen = [x[-2:] for x in seen]
         return torch.cat(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :longest]
 
     def _chunk(

@@ -100,10 +100,10 @@ def test_float32(window) -> None:
 
 
 @pytest.mark.parametrize("band", ["strict", "block"])
-@pytest.mark.parametrize("chunk", [1, 2, 3])
-def test_chunks_of_bounded_memory_equal_all_at_once(chunk, band) -> None:
-    whole = make(window=5, band=band)
-    parts = make(window=5, band=band, chunk_blocks=chunk)
+@pytest.mark.parametrize(("chunk", "recompute"), [(1, False), (1, True), (2, True), (3, False)])
+def test_chunks_equal_all_at_once(chunk, recompute, band) -> None:
+    whole = make(window=5, band=band, chunk_blocks=100)
+    parts = make(window=5, band=band, chunk_blocks=chunk, recompute_chunks=recompute)
     q, k, v, positions, document = case(3)
     angles, documents = exact_rotation(positions), Documents.of(document)
     weight = torch.randn(q.shape, dtype=q.dtype)
