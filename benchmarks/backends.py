@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.processes import together
 from benchmarks.report import Result, Row
 from model.batch import Batch
 from train import checkpoint, pipeline, settings
@@ -94,25 +93,13 @@ def run(config: str = "configs/quickstart.yaml", rounds: int = 15, processes: in
 
 
 def _measure(config: Config, rounds: int, world: int) -> list[Row]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (config, rounds, world, port, Path(folder))
-        started = [context.Process(target=_work, args=(rank, *arguments)) for rank in range(world)]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join()
-        if any(process.exitcode for process in started):
-            raise OSError("a process of the measurement failed; its message is above")
+        together(world, _work, config, rounds, Path(folder))
         return json.loads((Path(folder) / "rows.json").read_text())
 
 
-def _work(rank: int, config: Config, rounds: int, world: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+def _work(config: Config, rounds: int, folder: Path) -> None:
+    world = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     config = replace(
         config,
@@ -130,7 +117,7 @@ def _work(rank: int, config: Config, rounds: int, world: int, port: int, folder:
     averages = {name: WeightAverage(engine.parts(), config.optim.ema_decay) for name, engine in engines.items()}
     steps: dict[str, Callable[[list[Batch], Counts], object]] = {_BARE: _bare(config)} if world == 1 else {}
     steps |= {name: _step(engine, averages[name], config.optim.lr) for name, engine in engines.items()}
-    saver = checkpoint.Saver(folder, tokenizer, config.checkpoint, writes=rank == 0)
+    saver = checkpoint.Saver(folder, tokenizer, config.checkpoint, writes=ranks.rank == 0)
     found: list[Row] = []
     for number in range(rounds + 1):
         batches = rows[number].batches
@@ -153,7 +140,7 @@ def _work(rank: int, config: Config, rounds: int, world: int, port: int, folder:
     for engine in engines.values():
         engine.close()
     ranks.close()
-    if rank == 0:
+    if ranks.rank == 0:
         (folder / "rows.json").write_text(json.dumps([row for row in found if row["round"]]))  # 0 is to warm up
 
 

@@ -8,9 +8,6 @@ backend and ZeRO stage on processes of this machine (gloo). Worked out: memory a
 import gc
 import importlib.util
 import json
-import multiprocessing
-import os
-import socket
 import tempfile
 from collections import defaultdict
 from dataclasses import replace
@@ -20,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.processes import together
 from benchmarks.report import Result, Row, table
 from train import estimate, pipeline, settings
 from train.config import Config, EngineSection
@@ -120,25 +118,13 @@ def cases() -> dict[str, Config]:
 
 def measure(config: Config, ranks: int) -> dict[str, int]:
     """Bytes of each kind of collective in one step of rank 0, and of its tensors before the update ("held")."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        started = [context.Process(target=_work, args=(config, rank, ranks, port, out)) for rank in range(ranks)]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join()
-        if any(process.exitcode for process in started):
-            raise OSError("a process of the measurement failed; its message is above")
+        together(ranks, _work, config, out)
         return json.loads(out.read_text())
 
 
-def _work(config: Config, rank: int, world: int, port: int, out: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+def _work(config: Config, out: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(config)
     tokenizer = pipeline.make_tokenizer(config.data)
@@ -159,7 +145,7 @@ def _work(config: Config, rank: int, world: int, port: int, out: Path) -> None:
             held = _held() - before
             engine.step(config.optim.lr)
         average.update(engine.parts(), step)
-    if rank == 0:
+    if ranks.rank == 0:
         out.write_text(json.dumps({**counter.bytes, "held": held}))
     ranks.close()
 

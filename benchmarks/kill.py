@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from benchmarks.processes import environments
 from benchmarks.report import Result, Row
 from train import checkpoint, pipeline
 from train.__main__ import main
@@ -186,19 +186,12 @@ def undisturbed(place: Path, world: int, steps: int) -> Pace:
 
 def start(place: Path, world: int, steps: int, *arguments: str) -> Job:
     """Start the run in this folder, or go on with it."""
-    environments: list[dict[str, str]] = [{}]
-    if world > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     place.parent.mkdir(parents=True, exist_ok=True)
     said = [place.with_name(f"{place.name}-{rank}.err") for rank in range(world)]
     command = [*SETTINGS, f"--run.dir={place}", f"--run.steps={steps}", *arguments]
     processes: list[BaseProcess] = [
         _SERVER.Process(target=_train, args=(command, environment, str(_record_of(place)), str(path)))
-        for environment, path in zip(environments, said, strict=True)
+        for environment, path in zip(environments(world) if world > 1 else [{}], said, strict=True)
     ]
     for process in processes:
         process.start()

@@ -131,7 +131,8 @@ def main() -> None:
     except OSError as error:
         print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
-    raise SystemExit(stoppable.wait())
+    # Not through Python's own end: it takes the handlers away first, and a late signal, or the next tick, would kill.
+    os._exit(stoppable.wait())
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ class TextSection:
     repeats: int = 1
     """Passes over this source per epoch."""
     weight: float | None = None
-    """Share of the rows, in relation to the weights of the other sources; each source then has epochs of its own, and
-    `repeats` no meaning. Give all sources a weight, or none."""
+    """Share of the rows, see data.shapes.weight."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class FilesSection:
     repeats: int = 1
     """Passes over this source per epoch."""
     weight: float | None = None
-    """Share of the rows, in relation to the weights of the other sources; each source then has epochs of its own, and
-    `repeats` no meaning. Give all sources a weight, or none."""
+    """Share of the rows, see data.shapes.weight."""
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ def test_the_status_is_that_of_the_launcher(command: str, status: int) -> None:
     assert subprocess.run(stoppable("sh", "-c", command), cwd=ROOT, timeout=TIMEOUT).returncode == status
 
 
+def test_a_signal_at_the_very_end_kills_nothing() -> None:
+    rain = "parent=$PPID; (while kill -USR1 $parent 2>/dev/null; do :; done) & exit 3"
+    assert subprocess.run(stoppable("bash", "-c", rain), cwd=ROOT, timeout=TIMEOUT).returncode == 3
+
+
 def test_a_launcher_that_does_not_exist() -> None:
     done = subprocess.run(stoppable("/no/launcher"), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (2, "error: /no/launcher: No such file or directory\n")

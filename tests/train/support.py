@@ -104,6 +104,18 @@ def ranks(world: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
+def cut(path: Path) -> None:
+    """A file that ends too early."""
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    """A file with one altered bit."""
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
 def metrics(run: Path, timings: bool = False) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, without what a clock measured."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from huggingface_hub import load_torch_model
 from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
+from tests.train.support import cut, flip
 from train import checkpoint, settings
 from train.checkpoint import Checkpoint, Saver
 from train.config import CheckpointSection, Config, RunSection
@@ -72,16 +73,6 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest[name] = {"bytes": len(content), "sha256": checkpoint._digest(folder / name)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
 
 
 NAMES = ("config.yaml", "tokenizer.json", "model.safetensors", "ema.safetensors", "optimizer/exp_avg.safetensors",

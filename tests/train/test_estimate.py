@@ -235,7 +235,7 @@ def test_the_committed_measurement_agrees() -> None:
 
 
 def assert_near(config: Config, found: dict[str, int], expected: dict[str, int]) -> None:
-    # With stage 2 and offload, DeepSpeed has not freed all gradients of its last buckets yet.
+    # At stage 2 with offload a rank holds 9 % more than the formula says; why was not found.
     offloads = config.engine.offload and config.engine.zero_stage == 2
     for what in found.keys() | expected.keys():  # a few scalars go beside the tensors: gradient norm, overflow
         near = pytest.approx(expected.get(what, 0), rel=0.1 if offloads and what == "held" else 0.03, abs=64)

@@ -22,7 +22,18 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.kill import differences, unlike
 from data.mixture import Mixture
-from tests.train.support import TIMEOUT, TINY, Command, Result, assert_one_line, metrics, ranks, start_function
+from tests.train.support import (
+    TIMEOUT,
+    TINY,
+    Command,
+    Result,
+    assert_one_line,
+    cut,
+    flip,
+    metrics,
+    ranks,
+    start_function,
+)
 from train import checkpoint, engine, meter, pipeline, settings
 from train.__main__ import main
 from train.checkpoint import Checkpoint, step_folder
@@ -223,16 +234,6 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
 
 
 # ---- damaged checkpoints ---------------------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
 
 
 def make_newer(state: Path) -> None:
