@@ -45,6 +45,14 @@ class Task:
     seed: int
     out: Path
     progress: bool
+    only_draw: bool = False
+    """Leave out the captions of real pictures and the losses."""
+
+    def draw(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], float]:
+        """The pictures, and the CPU seconds that each one took."""
+        began = time.process_time()
+        pictures = self.generator.pictures(prompts, sizes, self.sampling, self.seed, self.progress)
+        return pictures, (time.process_time() - began) / max(len(pictures), 1)
 
 
 Scores = dict[str, float]
@@ -68,8 +76,19 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
     expected = [text.text for _, text in pairs]
     prompts = (captions or expected)[: task.num]
     sizes = [section.canvases[i % len(section.canvases)] for i in range(len(prompts))]
-    drawn = task.generator.pictures(prompts, sizes, task.sampling, task.seed, task.progress)
+    drawn, seconds = task.draw(prompts, sizes)
     found = [shapes_oracle.score(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
+    keys = {key for score in found for key in score}
+    patch = task.config.model.patch_size
+    scores = {
+        f"{name}, pictures drawn": len(prompts),
+        **{f"{name}, drawn, {key}": _mean([score[key] for score in found if key in score]) for key in sorted(keys)},
+        f"{name}, seam energy": seam_energy(drawn, patch),
+        f"{name}, seam energy, held-out pictures": seam_energy(real, patch),
+        f"{name}, CPU seconds per picture": seconds,
+    }
+    if task.only_draw:
+        return scores
     said = task.generator.captions(real, Sampling(temperature=0), progress=task.progress)
     right = [text == wanted for text, wanted in zip(said, expected, strict=True)]
     slug = name.replace(" ", "-")
@@ -78,11 +97,8 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
         *({"drawn": prompt, **score} for prompt, score in zip(prompts, found, strict=True) if not score["all"]),
         *({"read": text, "expected": wanted} for text, wanted in zip(said, expected, strict=True) if text != wanted),
     ])  # fmt: skip
-    keys = {key for score in found for key in score}
-    scores = {f"{name}, drawn, {key}": _mean([score[key] for score in found if key in score]) for key in sorted(keys)}
     scores |= {f"{name}, {key}": value for key, value in _drift(task, prompts, drawn, expected, real).items()}
-    return {f"{name}, pictures drawn": len(prompts), **scores, f"{name}, pictures read": len(real),
-            f"{name}, caption exact": _mean(right)}  # fmt: skip
+    return scores | {f"{name}, pictures read": len(real), f"{name}, caption exact": _mean(right)}
 
 
 def digits(task: Task) -> Scores:
@@ -94,12 +110,11 @@ def digits(task: Task) -> Scores:
     classifier = SVC(gamma=0.001, C=10).fit(_gray(train_pixels), train_labels)
     wanted = np.arange(task.num) % 10
     prompts = [digits_source.caption(int(digit)) for digit in wanted]
-    drawn = np.stack(task.generator.pictures(prompts, test_pixels.shape[1:3], task.sampling, task.seed, task.progress))
-    save_grid(list(drawn[:100]), 10, task.out / "digits.png", gap=1)
-    said = task.generator.captions(list(test_pixels), Sampling(temperature=0), progress=task.progress)
+    pictures, seconds = task.draw(prompts, [test_pixels.shape[1:3]] * task.num)
+    drawn = np.stack(pictures)
+    save_grid(pictures[:100], 10, task.out / "digits.png", gap=1)
     patch = task.config.model.patch_size
-    real_prompts = [digits_source.caption(int(digit)) for digit in test_labels]
-    return {
+    scores = {
         "pictures drawn": task.num,
         "recognised as prompted": _mean(classifier.predict(_gray(drawn)) == wanted),
         "classifier on the real test split": classifier.score(_gray(test_pixels), test_labels),
@@ -108,6 +123,13 @@ def digits(task: Task) -> Scores:
         "seam energy": seam_energy(drawn, patch),
         "seam energy, test split": seam_energy(test_pixels, patch),
         "seam energy, training split": seam_energy(train_pixels, patch),
+        "CPU seconds per picture": seconds,
+    }
+    if task.only_draw:
+        return scores
+    said = task.generator.captions(list(test_pixels), Sampling(temperature=0), progress=task.progress)
+    real_prompts = [digits_source.caption(int(digit)) for digit in test_labels]
+    return scores | {
         "test split, caption exact": _mean(
             [text == digits_source.caption(label) for text, label in zip(said, test_labels, strict=True)]
         ),
@@ -155,7 +177,8 @@ def frechet_distance(a_NP: np.ndarray, b_NP: np.ndarray) -> float:
 def seam_energy(pictures: Sequence[np.ndarray] | np.ndarray, patch: int) -> float:
     """Mean absolute step between neighbouring pixels across patch borders, over the same inside patches.
 
-    1 where patches join as smoothly as pixels do; compare with the value of real pictures.
+    1 where patches join as smoothly as pixels do; compare with the value of real pictures. NaN where all pixels are at
+    borders, or none is.
     """
     across, inside = [], []
     for picture in pictures:
@@ -164,7 +187,8 @@ def seam_energy(pictures: Sequence[np.ndarray] | np.ndarray, patch: int) -> floa
             at_border = np.arange(1, len(steps) + 1) % patch == 0
             across.append(steps[at_border])
             inside.append(steps[~at_border])
-    return float(np.concatenate(across).mean() / max(np.concatenate(inside).mean(), 1e-12))
+    outer, inner = np.concatenate(across), np.concatenate(inside)
+    return float(outer.mean() / max(inner.mean(), 1e-12)) if outer.size and inner.size else float("nan")
 
 
 def _drift(task: Task, prompts: Sequence[str], drawn: Sequence[np.ndarray] | np.ndarray, real_prompts: Sequence[str],

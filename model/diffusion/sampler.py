@@ -99,6 +99,11 @@ SAMPLERS = {
 """Every sampler by name. A new one is one function added here; tests/model/test_sampler.py holds it to the contract."""
 
 
+def evaluations(sampler: str, steps: int) -> int:
+    """How often a sampler of that name asks for the velocity."""
+    return 2 * steps - 1 if sampler in ("heun", "midpoint", "geometric") else steps
+
+
 def uniform_grid(steps: int, path: Path = PATHS["flow"]) -> list[float]:
     """Straight times of steps + 1 equidistant times, 0 to 1, of the path."""
     times = [step / steps for step in range(steps + 1)]

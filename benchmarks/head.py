@@ -1,0 +1,433 @@
+"""What each choice of the diffusion head buys: one factor at a time around the default, then samplers and steps.
+
+A cell is one way to draw from one trained model; its scores are a file in the model's run folder. A killed table goes
+on where it was: models resume, and cells that have scores are not computed again.
+"""
+
+import json
+import logging
+import math
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.figure import Figure
+
+from benchmarks.report import Result, Row
+from model.diffusion.guidance import Guidance
+from model.diffusion.sampler import evaluations
+from model.generate import Sampling
+from train import checkpoint, settings
+from train.config import Config
+from train.evaluate import SUITES, Scores, Task
+from train.generator import Generator
+from train.loop import set_up, train
+
+ROOT = Path(__file__).parents[1]
+BASES = {"digits": ("configs/digits.yaml", 600), "shapes": ("configs/quickstart.yaml", 800)}
+"""The configuration that is varied, and its steps: fewer than its own, so that the table takes hours."""
+ACCURACY = {"digits": "recognised as prompted", "shapes": "one object, drawn, all"}
+STEPS = (1, 2, 4, 8, 16, 50)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, and the ways to draw from it."""
+
+    name: str
+    factor: str
+    options: tuple[str, ...] = ()
+    """What its training changes of the base."""
+    drawings: tuple[Sampling, ...] = (Sampling(steps=16),)
+    model: str = ""
+    """Draw from the model of this setting instead of training one."""
+    data: tuple[str, ...] = ("digits", "shapes")
+
+
+def _draw(sampler: str, *steps: int, **changes: object) -> tuple[Sampling, ...]:
+    return tuple(Sampling(sampler=sampler, steps=n, **changes) for n in steps)  # type: ignore[arg-type]
+
+
+def _patches(size: int, rows: int, data: str) -> Setting:
+    """As many pictures per step as at the default size: smaller patches make longer documents."""
+    options = (f"--model.patch_size={size}", f"--data.rows_per_step={rows}")
+    return Setting(f"patches of {size}", "patch size", options, data=(data,))
+
+
+SETTINGS = (
+    Setting("default", "", drawings=(*_draw("euler", 16), *_draw("heun", 50))),
+    Setting("shortcut", "objective", ("--model.head.objective=shortcut",), _draw("euler", 16, 1, 2, 4, 8)),
+    Setting("consistency", "objective", ("--model.head.objective=consistency", "--model.head.time_law=uniform"),
+            (*_draw("consistency", 16, 1, 2, 4, 8), *_draw("euler", 16))),
+    Setting("few steps", "sampler", drawings=(*_draw("euler", 1, 2, 4, 8), *_draw("heun", 1, 2, 4, 8)),
+            model="default"),
+    Setting("prediction v", "prediction", ("--model.head.prediction=v",)),
+    Setting("prediction eps", "prediction", ("--model.head.prediction=eps",),
+            (*_draw("euler", 16), *_draw("euler", 16, clamp=True))),
+    _patches(1, 20, "digits"),
+    _patches(4, 5, "digits"),
+    _patches(4, 20, "shapes"),
+    _patches(16, 5, "shapes"),
+    Setting("loss x", "loss", ("--model.head.loss=x",)),
+    Setting("loss eps", "loss", ("--model.head.loss=eps",)),
+    Setting("time uniform", "time law", ("--model.head.time_law=uniform",)),
+    Setting("time (-2.2, 1.3)", "time law", ("--model.head.time_mean=-2.2", "--model.head.time_std=1.3"),
+            data=("digits",)),
+    Setting("time (-0.8, 0.8)", "time law", ("--model.head.time_mean=-0.8", "--model.head.time_std=0.8"),
+            data=("shapes",)),
+    Setting("time (0, 1)", "time law", ("--model.head.time_mean=0", "--model.head.time_std=1"), data=("digits",)),
+    Setting("1 draw", "draws", ("--model.head.draws=1",)),
+    Setting("8 draws", "draws", ("--model.head.draws=8",)),
+    Setting("2 scales", "loss scales", ("--model.head.loss_scales=2",)),
+    Setting("context noise", "context noise", ("--model.context_noise=0.5",)),
+    Setting("guidance", "guidance", drawings=(
+        *_draw("euler", 16, guidance=Guidance(1.5)),
+        *_draw("euler", 16, guidance=Guidance(3)),
+        *_draw("euler", 16, guidance=Guidance(3), clamp=True),
+        *_draw("euler", 16, guidance=Guidance(3, renormalise=True)),
+        *_draw("euler", 16, guidance=Guidance(3, "interval", 0.3)),
+        *_draw("euler", 16, guidance=Guidance(3, "linear")),
+    ), model="default"),
+    Setting("DDPM, cosine, v", "objective", ("--model.head.path=cosine", "--model.head.prediction=v",
+            "--model.head.objective=ddpm", "--model.head.time_law=uniform"),
+            (*_draw("euler", 16), *_draw("ddpm", 16, 50))),
+    Setting("samplers", "sampler", drawings=(
+        *_draw("euler", 50), *_draw("heun", 16),
+        *(drawing for name in ("midpoint", "geometric", "ddpm", "sde") for drawing in _draw(name, *STEPS)),
+        *_draw("euler", 2, 4, 8, 16, grid="edm"), *_draw("heun", 2, 4, 8, 16, grid="edm"),
+    ), model="default"),
+)  # fmt: skip
+"""The rows of the table, the ones that say most first."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to draw from one model."""
+
+    data: str
+    setting: Setting
+    seed: int
+    sampling: Sampling
+    config: Config
+    """Of the model's run."""
+    pictures: int
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def scores(self) -> Path:
+        return self.run / "scores" / f"{_slug(label(self.sampling))}-{self.pictures}.json"
+
+    @property
+    def trained(self) -> bool:
+        return checkpoint.step_folder(self.run, self.config.run.steps).is_dir()
+
+
+def label(sampling: Sampling) -> str:
+    """What differs from the Sampling of a plain `euler`, in words."""
+    guidance = sampling.guidance
+    parts = [sampling.sampler, str(sampling.steps)]
+    parts += [f"{sampling.grid} grid"] if sampling.grid != "uniform" else []
+    parts += [f"guidance {guidance.scale:g}"] if guidance.scale != 1 else []
+    parts += [guidance.schedule + (f" from {guidance.low:g}" if guidance.schedule == "interval" else "")
+              ] if guidance.schedule != "constant" else []  # fmt: skip
+    return " ".join(parts + ["renormalised"] * guidance.renormalise + ["clamped"] * sampling.clamp)
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c in ".-" else " " for c in name).split())
+
+
+def run(
+    data: Literal["digits", "shapes", "both"] = "both",
+    rows: list[str] | None = None,
+    seeds: int = 3,
+    pictures: int = 500,
+    steps: int | None = None,
+    minutes: float | None = None,
+    folder: Path = Path("runs/head"),
+) -> Result:
+    """Train and draw what has no scores yet, and return the table of all that was asked for.
+
+    Args:
+        data: what the models learn.
+        rows: names of rows, or of their factors; default: all.
+        seeds: models per row, with seeds 0, 1, ...
+        pictures: drawn per cell (shapes: 537 at most).
+        steps: training steps of every model; default 600 on digits, 800 on shapes.
+        minutes: begin nothing new after this time, and write the table of what there is.
+        folder: of the runs and scores.
+    """
+    for name, value in (("seeds", seeds), ("pictures", pictures), ("steps", 1 if steps is None else steps)):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    cells = plan(("digits", "shapes") if data == "both" else (data,), rows, seeds, pictures, steps, folder)
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    announce(cells)
+    for cell in cells:
+        if time.monotonic() > end:
+            print(f"{minutes:g} minutes have passed; the same command goes on from here", file=sys.stderr)
+            break
+        if not cell.scores.is_file():
+            work(cell)
+    return report(cells)
+
+
+def plan(data: Sequence[str], rows: list[str] | None, seeds: int, pictures: int, steps: int | None, folder: Path
+         ) -> list[Cell]:  # fmt: skip
+    """All cells in the order of work: all of a seed before the next."""
+    known = {setting.name for setting in SETTINGS} | {setting.factor for setting in SETTINGS if setting.factor}
+    if unknown := [name for name in rows or [] if name not in known]:
+        raise ValueError(f"--rows names {unknown[0]!r}; choose from {', '.join(sorted(known))}")
+    chosen = [setting for setting in SETTINGS if rows is None or setting.name in rows or setting.factor in rows]
+    by_name = {setting.name: setting for setting in SETTINGS}
+    cells = []
+    for seed in range(seeds):
+        for kind in data:
+            base, own_steps = BASES[kind]
+            for setting in [setting for setting in chosen if kind in setting.data]:
+                model = by_name[setting.model or setting.name]
+                number = steps or own_steps
+                place = folder / f"{kind}-{number}" / _slug(model.name) / f"seed-{seed}"
+                config, _ = settings.parse([
+                    "--config", str(ROOT / base), f"--run.dir={place}", f"--run.steps={number}", f"--run.seed={seed}",
+                    "--eval.every=0", "--log.every=50", "--data.workers=0", "--checkpoint.every=200",
+                    "--checkpoint.keep_last=1", *model.options,
+                ])  # fmt: skip
+                cells += [Cell(kind, setting, seed, sampling, config, pictures) for sampling in setting.drawings]
+    return cells
+
+
+def work(cell: Cell) -> None:
+    """Train the model if it is not, draw, and write the scores, whole or not at all."""
+    if not cell.trained:
+        print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}: training", file=sys.stderr)
+        learn(cell.config)
+    began = time.perf_counter()
+    cell.scores.parent.mkdir(exist_ok=True)
+    generator = Generator.load(cell.run)
+    # The first cell of a row says all; the others only how the pictures are.
+    only_draw = cell.sampling != cell.setting.drawings[0] or bool(cell.setting.model)
+    task = Task(generator, cell.config, cell.sampling, cell.pictures, 0, cell.scores.parent, False, only_draw)
+    scores = SUITES[cell.data](task)
+    partial = cell.scores.with_suffix(".tmp")
+    partial.write_text(json.dumps(scores, indent=1) + "\n")
+    partial.replace(cell.scores)
+    right, seconds = 100 * scores[ACCURACY[cell.data]], time.perf_counter() - began
+    print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}, {label(cell.sampling)}: {right:.1f} % "
+          f"({seconds:.0f} s)", file=sys.stderr)  # fmt: skip
+
+
+def learn(config: Config) -> None:
+    """Train to the end, or raise KeyboardInterrupt where a signal ended it with a checkpoint."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    run = set_up(config)
+    train(run, dry_run=False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if run.step < (config.run.stop_after or config.run.steps):
+        raise KeyboardInterrupt
+
+
+def announce(cells: Sequence[Cell]) -> None:
+    """Print what is to do, with the time that measured steps and pictures of each model promise."""
+    total = 0.0
+    by_model: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        if not cell.scores.is_file():
+            by_model.setdefault(cell.run, []).append(cell)
+    measured: dict[str, Scores] = {}
+    for path, todo in by_model.items():
+        config = todo[0].config
+        alike = str(replace(config, run=replace(config.run, dir="", seed=0)))
+        if alike not in measured:
+            measured[alike] = speed(config)
+        seconds = measured[alike]
+        training = 0 if todo[0].trained else seconds["step"] * config.run.steps
+        drawing = sum(
+            cell.pictures * (seconds["picture"] + seconds["evaluation"] * _evaluations(cell.sampling)) for cell in todo
+        )
+        total += training + drawing
+        print(f"{path.relative_to(path.parents[2])}: {training / 60:.1f} min of training, {drawing / 60:.1f} min of "
+              f"drawing, {len(todo)} cell(s)", file=sys.stderr)  # fmt: skip
+    print(
+        f"to do: {sum(map(len, by_model.values()))} of {len(cells)} cells, about {total / 3600:.1f} h", file=sys.stderr
+    )
+
+
+def _evaluations(sampling: Sampling) -> int:
+    return evaluations(sampling.sampler, sampling.steps) * sampling.guidance.streams
+
+
+def speed(config: Config) -> Scores:
+    """Seconds of a training step, of a picture without and per evaluation of the head, in a run of three steps."""
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(config, run=replace(config.run, dir=folder, stop_after=4), log=replace(config.log, every=1))
+        learn(short)
+        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        generator = Generator.load(folder)
+    logging.disable(logging.NOTSET)
+    size = (8, 8) if config.data.digits else (32, 32)
+    taken = []
+    for steps in (1, 9):
+        began = time.perf_counter()
+        generator.pictures(
+            ["the digit 7" if config.data.digits else "a small red circle"] * 32, size, Sampling(steps=steps)
+        )
+        taken.append((time.perf_counter() - began) / 32)
+    evaluation = max(taken[1] - taken[0], 0) / 8
+    return {"step": statistics.median(line["step_seconds"] for line in lines[1:]), "evaluation": evaluation,
+            "picture": taken[0]}  # fmt: skip
+
+
+def report(cells: Sequence[Cell]) -> Result:
+    """The table of the cells that have scores."""
+    done = [cell for cell in cells if cell.scores.is_file()]
+    if not done:
+        raise ValueError("nothing was measured in the given time; start the same command again")
+    rows = [measurement(cell) for cell in done]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["row"], row["drawn"]), []).append(row)
+    summary = [summarise(group) for group in groups.values()]
+    return Result("head", rows, summary, notes(rows, done), figure(rows), packages=("numpy", "scikit-learn"))
+
+
+def measurement(cell: Cell) -> Row:
+    """The scores of a cell."""
+    scores = json.loads(cell.scores.read_text())
+    prefix = "one object, " if cell.data == "shapes" else ""
+    real = "held-out pictures" if prefix else "test split"
+
+    def score(name: str) -> float | None:
+        value = scores.get(prefix + name)
+        return None if value is None or math.isnan(value) else value
+
+    metrics = [json.loads(line) for line in (cell.run / "metrics.jsonl").read_text().splitlines()]
+    seam, real_seam = score("seam energy"), score(f"seam energy, {real}")
+    side = 8 if cell.data == "digits" else 32
+    return {
+        "data": cell.data,
+        "row": cell.setting.name,
+        "factor": cell.setting.factor,
+        "seed": cell.seed,
+        "drawn": label(cell.sampling),
+        "sampler": cell.sampling.sampler,
+        "steps": cell.sampling.steps,
+        "evaluations_per_patch": _evaluations(cell.sampling),
+        "evaluations_per_picture": _evaluations(cell.sampling) * (side // cell.config.model.patch_size) ** 2,
+        "cpu_seconds_per_picture": score("CPU seconds per picture"),
+        "pictures": cell.pictures,
+        "accuracy_percent": 100 * scores[ACCURACY[cell.data]],
+        "frechet_distance": score("frechet distance to the test split"),
+        "seam_energy_over_real": seam / real_seam if seam and real_seam else None,
+        "image_loss_held_out": score("image loss, held-out pictures"),
+        "image_loss_own": score("image loss, own pictures"),
+        "captions_exact_percent": _percent(score("caption exact" if prefix else "test split, caption exact")),
+        "training_steps": cell.config.run.steps,
+        "training_tflop": sum(line["gflops_per_second"] * line["step_seconds"] for line in metrics
+                              if "gflops_per_second" in line) * cell.config.log.every / 1000,
+    }  # fmt: skip
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def summarise(rows: Sequence[Row]) -> Row:
+    """Mean over the seeds of one way to draw, with the range."""
+    first = rows[0]
+
+    def mean(key: str, digits: int) -> str | None:
+        values = [float(row[key]) for row in rows if row[key] is not None]  # type: ignore[arg-type]
+        if not values:
+            return None
+        spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    return {
+        "data": first["data"],
+        "row": first["row"],
+        "drawn": first["drawn"],
+        "evaluations / patch": first["evaluations_per_patch"],
+        "right, %": mean("accuracy_percent", 1),
+        "Frechet distance": mean("frechet_distance", 1),
+        "seams / real": mean("seam_energy_over_real", 2),
+        "loss, real": mean("image_loss_held_out", 3),
+        "loss, own": mean("image_loss_own", 3),
+        "captions, %": mean("captions_exact_percent", 1),
+        "CPU ms / picture": f"{1000 * statistics.mean(float(row['cpu_seconds_per_picture'] or 0) for row in rows):.1f}",
+        "training, TFLOP": mean("training_tflop", 1) if len(rows) == 1 else
+        f"{statistics.mean(float(row['training_tflop'] or 0) for row in rows):.1f}",
+        "seeds": len(rows),
+    }  # fmt: skip
+
+
+def average(rows: Sequence[Row], data: str, key: str) -> dict[tuple[str, str], tuple[int, float]]:
+    """(evaluations per patch, mean of the key) by (row, way to draw)."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["data"] == data and row[key] is not None:
+            found.setdefault((str(row["row"]), str(row["drawn"])), []).append(row)
+    return {
+        name: (int(group[0]["evaluations_per_patch"] or 0), statistics.mean(float(row[key] or 0) for row in group))
+        for name, group in found.items()
+    }
+
+
+def notes(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
+    """What was compared, and which few steps reach 50 steps of Heun."""
+    lines = []
+    for data in dict.fromkeys(str(row["data"]) for row in rows):
+        base, _ = BASES[data]
+        steps = next(cell.config.run.steps for cell in cells if cell.data == data)
+        lines.append(f"* **{data}**: `{base}` with {steps} steps; a row changes what its name says.")
+        found = average(rows, data, "accuracy_percent")
+        if ("default", "heun 50") in found:
+            best = found["default", "heun 50"][1]
+            few = [f"{name}, {drawn} ({accuracy:.1f} %)" for (name, drawn), (evaluations, accuracy) in found.items()
+                   if evaluations <= 4 and accuracy > best - 2]  # fmt: skip
+            lines.append(f"  50 steps of Heun: {best:.1f} % right. Within 2 points in 4 evaluations or less: "
+                         f"{'; '.join(few) or 'none'}.")  # fmt: skip
+    return (
+        "\n".join(lines)
+        + f"""
+
+Right: an independent classifier recognises the digit that was asked for, or the oracle reads colour, shape, size and
+place of the caption in the picture; {rows[0]["pictures"]} pictures per cell and seed. Frechet distance: of raw gray
+pixels to the test split. Seams: steps between neighbouring pixels at borders of patches over those inside, over the
+same of real pictures. Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
+Evaluations of the head count both streams of guidance. Ranges are over seeds.
+"""
+    )
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Quality against evaluations per patch: a panel per data set, and one for the Frechet distance."""
+    model = {setting.name: setting.model or setting.name for setting in SETTINGS}
+    plain = [row for row in rows if row["drawn"] == f"{row['sampler']} {row['steps']}"]
+    panels = [(data, "accuracy_percent") for data in dict.fromkeys(str(row["data"]) for row in rows)]
+    panels += [("digits", "frechet_distance")] * (("digits", "accuracy_percent") in panels)
+    result = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (data, key) in zip(result.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for (row, drawn), (count, value) in average(plain, data, key).items():
+            lines.setdefault(f"{model[row]}, {drawn.split()[0]}", {})[count] = value
+        for name, points in lines.items():
+            if len(points) > 1:
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
+        axes.set(xlabel="evaluations of the head per patch", ylabel=key.replace("_", " "), xscale="log", title=data)
+        if key == "frechet_distance":
+            axes.set_yscale("log")
+        if axes.lines:
+            axes.legend(fontsize="small")
+    return result
