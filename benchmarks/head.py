@@ -227,14 +227,14 @@ def work(cell: Cell) -> None:
 
 
 def learn(config: Config) -> None:
-    """Train to the end, or raise KeyboardInterrupt where a signal ended it with a checkpoint."""
+    """Train to the end; a signal ends the run with a checkpoint, and then the table too."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     run = set_up(config)
     train(run, dry_run=False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if run.step < (config.run.stop_after or config.run.steps):
-        raise KeyboardInterrupt
+        raise SystemExit(f"stopped at step {run.step} of {config.run.dir}; the same command goes on from there")
 
 
 def announce(cells: Sequence[Cell]) -> None:

@@ -17,8 +17,8 @@ from data.command import OneLineParser, fail
 from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
-from model.diffusion.sampler import GRIDS, SAMPLERS
-from model.generate import Sampling
+from model.diffusion.sampler import GRIDS, LEARNED, SAMPLERS
+from model.generate import Sampling, sampler_of
 from train import checkpoint
 from train.generator import Generator, Order
 from train.log import commit
@@ -42,6 +42,7 @@ def main() -> None:
         folder = checkpoint.resolve(arguments.checkpoint)
         generator = Generator.load(folder, arguments.weights, arguments.device)
         sampling = _sampling(arguments, folder)
+        sampler_of(generator.model, sampling)
         _check(arguments, generator)
         if arguments.image:
             pictures = [load_image(path) for path in arguments.image]
@@ -253,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-image", type=float, default=1.0,
         help="guidance scale of the images in the prompt, 1 is off (default: 1)")  # fmt: skip
     add("--guidance-renormalise", action="store_true", help="guided velocities are no longer than conditional ones")
-    add("--sampler", default="euler", choices=SAMPLERS, help="sampler of a patch (default: euler)")
+    add("--sampler", default="euler", choices=[*SAMPLERS, LEARNED], help="sampler of a patch (default: euler)")
     add("--steps", type=int, help="sampler steps per patch (default: the run's eval.sampler_steps)")
     add("--time-grid", default="uniform", choices=GRIDS, help="where the steps lie in time (default: uniform)")
     add("--time-shift", type=float, default=1.0,

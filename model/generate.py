@@ -10,7 +10,7 @@ stream that holds the same sequence without its text, and perhaps a third that a
 streams are rows of one batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ from model.batch import to_bytes, to_pixels
 from model.diffusion.field import Field
 from model.diffusion.guidance import Guidance
 from model.diffusion.path import PATHS
-from model.diffusion.sampler import GRIDS, SAMPLERS, grid_of
+from model.diffusion.sampler import GRIDS, LEARNED, SAMPLERS, grid_of
 from model.positions import Grid
 from model.rope import Rotation
 from model.ropeway import Ropeway
@@ -47,9 +47,9 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
     """Classifier-free guidance of images."""
     sampler: str = "euler"
-    """A name of model.diffusion.sampler.SAMPLERS."""
+    """A name of model.diffusion.sampler.SAMPLERS, or learned (model.diffusion.solver)."""
     steps: int = 20
-    """Sampler steps per patch (heun, midpoint and geometric evaluate the head twice per step, except in the last)."""
+    """Sampler steps per patch (heun, midpoint, geometric and learned evaluate the head twice per step but the last)."""
     grid: str = "uniform"
     """A name of model.diffusion.sampler.GRIDS: where the steps lie in time."""
     time_shift: float = 1.0
@@ -62,8 +62,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {self.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        if self.sampler not in (*SAMPLERS, LEARNED):
+            raise ValueError(f"sampler {self.sampler!r} is unknown; choose one of {', '.join((*SAMPLERS, LEARNED))}")
         if self.grid not in GRIDS:
             raise ValueError(f"time grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
         if self.steps < 1:
@@ -207,7 +207,21 @@ def _sample_patches(model: Ropeway, writers: list["_Writer"], draws: list[int], 
     )  # fmt: skip
     times = grid_of(sampling.grid, sampling.steps, path, sampling.time_shift)
     z = torch.stack([writers[b].noise_P() for b in chosen]).to(device) * config.noise_scale * (1 - times[0])
-    return to_bytes(SAMPLERS[sampling.sampler](field, z, times, field.noise))[: len(draws)]
+    return to_bytes(sampler_of(model, sampling)(field, z, times, field.noise))[: len(draws)]
+
+
+def sampler_of(model: Ropeway, sampling: Sampling) -> Callable[..., Tensor]:
+    """A function of model.diffusion.sampler, or the model's own solver. Raises ValueError if it has none for this."""
+    if sampling.sampler != LEARNED:
+        return SAMPLERS[sampling.sampler]
+    if not model.solver:
+        raise ValueError("this checkpoint has no sampler learned; make one with python -m train.distill solver")
+    has, asked = (f"{steps} steps of the {grid} grid" for steps, grid in
+                  ((model.solver.steps, model.solver.grid), (sampling.steps, sampling.grid)))  # fmt: skip
+    if has != asked:
+        raise ValueError(f"the sampler learned of this checkpoint takes {has}, not {asked}; ask for these, or make "
+                         "another with python -m train.distill solver")  # fmt: skip
+    return model.solver
 
 
 def choose_tokens(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from model.batch import Batch, to_pixels
 from model.config import ModelConfig, Vocabulary
 from model.diffusion.head import DiffusionHead
 from model.diffusion.objective import draw, head_loss
+from model.diffusion.solver import LearnedMidpoint
 from model.positions import LAYOUTS, Grid
 from model.rope import Rotation, frequencies, rotation
 from model.text_head import TextHead
@@ -55,6 +56,8 @@ class Ropeway(nn.Module):
         own = nn.Parameter(torch.empty(vocabulary.size, config.dim)) if untied else self.token_embedding.weight
         self.text_head = TextHead(own, half_swap=config.output_embedding == "tied_half_swap")
         self.diffusion_head = DiffusionHead(config)
+        self.solver: LearnedMidpoint | None = None
+        """The sampler `learned`, for models that have been given one; no part of training."""
 
     @torch.no_grad()
     def initialise(self, seed: int, writable: Writable = nullcontext) -> None:

@@ -5,6 +5,7 @@ step-00000100/
     model.safetensors   raw weights                      ema.safetensors    their average
     optimizer/          one safetensors file per moment  state.json         step, rows seen, format
     manifest.json       size and SHA-256 of every file, written last
+    solver.safetensors  a sampler that train.distill may add later
 
 All tensors are whole, float32 and named after their parameter, so any backend and number of ranks reads what any other
 wrote. More than SHARD_BYTES of one kind become model-00001-of-00002.safetensors and so on, with an index.
@@ -24,11 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from model.diffusion.solver import LearnedMidpoint
 from train import settings
 from train.config import CheckpointSection, Config
 
 FORMAT = 2
 SHARD_BYTES = 4 * 2**30
+SOLVER = "solver.safetensors"
 _METADATA = {"format": "pt"}
 
 
@@ -274,6 +277,30 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def save_solver(folder: Path, solver: LearnedMidpoint) -> Path:
+    """Add a solver to a checkpoint, in the place of the one it may have. The manifest does not name it."""
+    path = folder / SOLVER
+    partial = path.with_name(path.name + ".tmp")
+    save_file(solver.state_dict(), partial, {"steps": str(solver.steps), "grid": solver.grid})
+    partial.replace(path)
+    return path
+
+
+def load_solver(folder: Path, patch_width: int) -> LearnedMidpoint | None:
+    """The solver of a checkpoint, None if it has none. Raises ValueError for a broken file or one of another model."""
+    path = folder / SOLVER
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            solver = LearnedMidpoint(patch_width, int(said["steps"]), said["grid"])
+            solver.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: no solver for this model ({error}); remove it or distill it anew") from None
+    return solver
 
 
 def _steps(run: Path) -> list[Path]:

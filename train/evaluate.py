@@ -24,8 +24,8 @@ from data.source.shapes import Shapes, held_out_captions
 from data.source.stdlib import StandardLibrary
 from model.batch import Batch
 from model.diffusion.guidance import Guidance
-from model.diffusion.sampler import SAMPLERS
-from model.generate import Sampling
+from model.diffusion.sampler import LEARNED, SAMPLERS
+from model.generate import Sampling, sampler_of
 from model.text_head import bits_per_byte
 from train import checkpoint
 from train.config import Config, ShapesSection
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, help="pictures or documents (default: 540 shapes, 1000 digits, 500 texts)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: eval.guidance of the run)")
     parser.add_argument("--steps", type=int, help="sampler steps per patch (default: eval.sampler_steps of the run)")
-    parser.add_argument("--sampler", default="euler", help=f"one of {', '.join(SAMPLERS)} (default: euler)")
+    parser.add_argument("--sampler", default="euler", help=f"one of {', '.join((*SAMPLERS, LEARNED))} (default: euler)")
     parser.add_argument(
         "--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)"
     )
@@ -270,6 +270,7 @@ def main() -> None:
         guidance = config.eval.guidance if arguments.guidance is None else arguments.guidance
         steps = config.eval.sampler_steps if arguments.steps is None else arguments.steps
         sampling = Sampling(guidance=Guidance(guidance), sampler=arguments.sampler, steps=steps)
+        sampler_of(generator.model, sampling)
         num = _DEFAULT_NUM[arguments.suite] if arguments.num is None else arguments.num
         if num < 1:
             raise ValueError(f"--num is {num}; it must be at least 1")

@@ -56,6 +56,7 @@ class Generator:
         model = build_model(config, tokenizer)
         stem = folder / ("ema" if weights == "ema" else "model")
         load_weights(model, checkpoint.Weights(stem), str(stem))
+        model.solver = checkpoint.load_solver(folder, config.model.patch_width)
         chosen = pick_device(device)
         return cls(model.to(chosen).eval(), tokenizer, make_encoder(config, tokenizer), bf16_units(chosen))
 

@@ -31,13 +31,14 @@ class Field:
     learned_variance: bool = False
     """Scale the noise of a step as the head says it (objective ddpm, sampler ddpm)."""
 
-    def __call__(self, z: Tensor, time: float) -> Tensor:
-        """dz/dt of the flow path at a straight time."""
+    def __call__(self, z: Tensor, time: float | Tensor) -> Tensor:
+        """dz/dt of the flow path at a straight time, one for all patches or (N, 1)."""
         path, streams = PATHS[self.config.path], self.guidance.streams
-        own = path.own(z.new_tensor(time))
-        at = path.at(own)
-        z_RP = (at.scale * z).repeat(streams, 1)
-        out = self.head(z_RP, own.expand(len(z_RP)), self.condition_RW).float()
+        each = time if isinstance(time, Tensor) else z.new_full((len(z), 1), time)
+        own_R1 = path.own(each).repeat(streams, 1)
+        at = path.at(own_R1)
+        z_RP = at.scale * z.repeat(streams, 1)
+        out = self.head(z_RP, own_R1[:, 0], self.condition_RW).float()
         if self.config.objective == "ddpm":
             out, spread = out.chunk(2, dim=1)
             self._spread = spread[: len(z)]

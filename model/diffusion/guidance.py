@@ -38,19 +38,18 @@ class Guidance:
             return 3
         return 1 if self.scale == 1 else 2
 
-    def at(self, time: float, fraction: Tensor) -> Tensor:
+    def at(self, time: float | Tensor, fraction: Tensor) -> Tensor:
         """Scale at a straight time for patches that complete the given fraction (0, 1] of their image, shape of
         fraction."""
         return self._at(self.scale, time, fraction)
 
-    def _at(self, scale: float, time: float, fraction: Tensor) -> Tensor:
+    def _at(self, scale: float, time: float | Tensor, fraction: Tensor) -> Tensor:
         if self.schedule == "linear":
             return 1 + (scale - 1) * fraction
-        if self.schedule == "interval" and not ((time > self.low or self.low == 0) and time < self.high):
-            return fraction.new_ones(fraction.shape)
-        return fraction.new_full(fraction.shape, scale)
+        inside = self.schedule == "constant" or ((time > self.low) | (self.low == 0)) & (time < self.high)
+        return fraction.new_zeros(fraction.shape) + scale * inside + 1 * (inside ^ True)
 
-    def apply(self, velocities: Sequence[Tensor], time: float, fraction: Tensor) -> Tensor:
+    def apply(self, velocities: Sequence[Tensor], time: float | Tensor, fraction: Tensor) -> Tensor:
         """The guided velocity from those of all streams, (N, P) each, in the order of `streams`. fraction: (N, 1)."""
         if len(velocities) == 1:
             return velocities[0]

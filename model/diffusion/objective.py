@@ -3,7 +3,8 @@
     matching      the data itself: flow matching, or DDPM's simple loss on its paths (arXiv 2210.02747, 2006.11239)
     ddpm          also the variance of a step of 1/1000 of the way (arXiv 2102.09672, as in MAR)
     shortcut      also jumps of 1/64 to 1 of the way: one is two of half the size (arXiv 2410.12557)
-    consistency   the end of the jump from a time is that from the next time (arXiv 2303.01469)
+    consistency   the end of the jump from a time is that from the next time (arXiv 2303.01469); the
+                  next time lies on the line to the data, or where a trained flow leads
 
 Each gives the clean patch that the prediction is compared with. The error is then measured in x, v or eps as
 `model.head.loss` says.
@@ -69,15 +70,28 @@ def _steps(draws: int, config: HeadConfig, generator: torch.Generator) -> Tensor
 
 
 def head_loss(head: DiffusionHead, hidden_ND: Tensor, location_N4: Tensor, x_NP: Tensor, draws: Draws,
-              config: HeadConfig) -> Tensor:  # fmt: skip
+              config: HeadConfig, average: DiffusionHead | None = None, teacher: DiffusionHead | None = None
+              ) -> Tensor:  # fmt: skip
     """The loss of every draw, averaged over the numbers of the patch. x_NP: clean patches in [-1, 1].
 
     With the default objective and loss, the target is (x - z) / max(1 - t, time_eps), so for x-prediction the loss is
     |x' - x|^2 / max(1 - t, time_eps)^2. Returns (M,) float32.
+
+    average, teacher: for the objective consistency, the head that says where the second jump ends (default: the same
+    head), and a trained flow of the same prediction that says where the first step of the way goes (default: the data).
     """
-    condition_MW = head.condition(hidden_ND, location_N4).repeat_interleave(config.draws, dim=0)
+
+    def speaker(one: DiffusionHead) -> Speaker:
+        return one, one.condition(hidden_ND, location_N4).repeat_interleave(config.draws, dim=0)
+
+    own = speaker(head)
     x_MP = x_NP.float().repeat_interleave(config.draws, dim=0)
-    return OBJECTIVES[config.objective](Case(head, condition_MW, x_MP, draws, config))
+    average_or_own, teacher_or_none = speaker(average) if average else own, speaker(teacher) if teacher else None
+    return OBJECTIVES[config.objective](Case(*own, x_MP, draws, config, average_or_own, teacher_or_none))
+
+
+Speaker = tuple[DiffusionHead, Tensor]
+"""A head and its conditions of the draws, (M, W)."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,8 @@ class Case:
     x_MP: Tensor
     draws: Draws
     config: HeadConfig
+    average: Speaker
+    teacher: Speaker | None = None
 
     @property
     def path(self) -> Path:
@@ -175,16 +191,23 @@ def shortcut(case: Case) -> Tensor:
 
 
 def consistency(case: Case) -> Tensor:
-    """Where the jump from the next time on the same line ends, without a gradient; at the end, the patch itself."""
+    """Where the jump from the next time ends, without a gradient; at the end of the way, where the way ends.
+
+    The next time is on the same line to the data, or an Euler step of the teacher away (consistency distillation).
+    """
     time_M1, noise_MP, steps_M1 = case.draws
     z_MP, after_M1 = case.z(time_M1), time_M1 + 1 / steps_M1
     last_M1 = time_M1 * steps_M1 > steps_M1 - 1.5
+
+    def ends(speaker: Speaker, z: Tensor, time_M1: Tensor) -> Tensor:
+        out = speaker[0](z, time_M1[:, 0], speaker[1]).float()
+        return convert(out, case.config.prediction, "x", z, case.path.at(time_M1))
+
     with torch.no_grad():
+        way_MP = ends(case.teacher, z_MP, time_M1) if case.teacher else case.x_MP
         after_M1 = torch.where(last_M1, time_M1, after_M1)  # any time will do for what is not used
-        z = case.z(after_M1)
-        out = case.head(z, after_M1[:, 0], case.condition_MW).float()
-        x_MP = convert(out, case.config.prediction, "x", z, case.path.at(after_M1))
-        x_MP = torch.where(last_M1, case.x_MP, x_MP)
+        z = z_MP + (after_M1 - time_M1) / (1 - time_M1) * (way_MP - z_MP)
+        x_MP = torch.where(last_M1, way_MP, ends(case.average, z, after_M1))
         noise_MP = convert(x_MP, "x", "eps", z_MP, case.path.at(time_M1))
     return case.error(case.head(z_MP, time_M1[:, 0], case.condition_MW).float(), x_MP, noise_MP)
 

@@ -1,8 +1,9 @@
 """Samplers: from noise at t = 0 to data at t = 1 of the flow path, on a grid of straight times (see path.py).
 
-A velocity field is a function (z, time) -> dz/dt with time a Python float. No sampler evaluates it at t = 1: the last
-step is Euler's, which returns exactly the clean patch that the field then points to. Samplers that add noise take it
-from `noise(time, after)`, which returns standard normal numbers (times a temperature) for the step between the two.
+A velocity field is a function (z, time) -> dz/dt with time a Python float, or (N, 1) for every row of z its own. No
+sampler evaluates it at t = 1: the last step is Euler's, which returns exactly the clean patch that the field then
+points to. Samplers that add noise take it from `noise(time, after)`, which returns standard normal numbers (times a
+temperature) for the step between the two.
 
 On a DDPM path `euler` is DDIM (arXiv 2010.02502) and `ddpm` the ancestral sampler with the posterior variance.
 """
@@ -10,13 +11,14 @@ On a DDPM path `euler` is DDIM (arXiv 2010.02502) and `ddpm` the ancestral sampl
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.diffusion.path import PATHS, Path, shifted
 
-Velocity = Callable[[Tensor, float], Tensor]
+Velocity = Callable[[Tensor, Any], Tensor]
 Noise = Callable[[float, float], Tensor]
 
 
@@ -98,10 +100,13 @@ SAMPLERS = {
 }
 """Every sampler by name. A new one is one function added here; tests/model/test_sampler.py holds it to the contract."""
 
+LEARNED = "learned"
+"""The name of the sampler that is trained for one model, model.diffusion.solver.LearnedMidpoint."""
+
 
 def evaluations(sampler: str, steps: int) -> int:
     """How often a sampler of that name asks for the velocity."""
-    return 2 * steps - 1 if sampler in ("heun", "midpoint", "geometric") else steps
+    return 2 * steps - 1 if sampler in ("heun", "midpoint", "geometric", LEARNED) else steps
 
 
 def uniform_grid(steps: int, path: Path = PATHS["flow"]) -> list[float]:

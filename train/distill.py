@@ -1,0 +1,191 @@
+"""`python -m train.distill solver|consistency --checkpoint RUN_OR_DIR`: few steps from a trained flow.
+
+solver        trains a small network that says where the slope of a step is taken (AMED, arXiv 2312.00094), and writes
+              it into the checkpoint, as solver.safetensors. Draw with --sampler learned.
+consistency   trains a copy of the diffusion head to jump where the flow leads (arXiv 2303.01469), and writes a run of
+              its own. Draw with --sampler consistency, or with euler in one step.
+
+The Transformer stays as it is; both read the rows that the run was trained on. Guidance is not distilled.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.command import OneLineParser, fail
+from model.batch import Batch, to_pixels
+from model.config import HeadConfig
+from model.diffusion.field import Field
+from model.diffusion.guidance import Guidance
+from model.diffusion.objective import Draws, draw, head_loss
+from model.diffusion.path import PATHS
+from model.diffusion.sampler import GRIDS, grid_of
+from model.diffusion.solver import LearnedMidpoint, solver_loss
+from model.ropeway import Ropeway
+from train import checkpoint, pipeline
+from train.config import CheckpointSection, Config
+from train.generator import Generator
+from train.optimizer import WeightAverage
+
+
+@torch.no_grad()
+def patches(model: Ropeway, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden state before every learned patch (N, D), its place (N, 4), and the patch in [-1, 1] (N, P)."""
+    hidden_XD = model.hidden(batch).flatten(0, 1)
+    slot = batch.targets()[1].flatten().nonzero()[:, 0]
+    place = (batch.row_BS, batch.col_BS, batch.rows_BS, batch.cols_BS)
+    location_N4 = torch.stack([column.flatten()[slot + 1] for column in place], dim=-1)
+    ordinal = (batch.rows_BS > 0).flatten().cumsum(0) - 1
+    return hidden_XD[slot], location_N4, to_pixels(batch.patches_NP[ordinal[slot + 1]])
+
+
+def batches(config: Config, generator: Generator, updates: int) -> Iterator[Batch]:
+    """Rows of the run, from the first on."""
+    mixture = pipeline.make_mixture(config, generator.encoder, "train")
+    device = generator.model.token_embedding.weight.device
+    for update in tqdm(range(updates), disable=not sys.stderr.isatty(), unit="update"):
+        first = update * config.data.rows_per_step
+        rows = list(range(first, first + config.data.rows_per_step))
+        yield pipeline.make_batch(mixture, rows, config.run.seed).to(device)
+
+
+def update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """One step of the optimizer; returns the loss. Raises ValueError if the gradient is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    if not torch.isfinite(nn.utils.clip_grad_norm_(module.parameters(), 1.0)):
+        raise ValueError("the gradient is not finite; lower --lr")
+    optimizer.step()
+    return float(loss.detach())
+
+
+def draws_of(batch: Batch, patch_width: int, head: HeadConfig) -> Draws:
+    """The draws that training would make."""
+    count_B = batch.targets()[1].sum(1).tolist()
+    return draw(count_B, list(batch.seed_B), patch_width, head, batch.token_BS.device)
+
+
+def distill_solver(generator: Generator, config: Config, steps: int, grid: str, updates: int, lr: float
+                   ) -> tuple[LearnedMidpoint, list[float]]:  # fmt: skip
+    """The solver for `steps` steps, and the loss of every update."""
+    head, settings, width = generator.model.diffusion_head, config.model.head, config.model.patch_width
+    times = grid_of(grid, steps, PATHS[settings.path])
+    solver = LearnedMidpoint(width, steps, grid).to(generator.model.token_embedding.weight.device)
+    optimizer, losses = torch.optim.Adam(solver.parameters(), lr), []
+    for batch in batches(config, generator, updates):
+        hidden_ND, location_N4, x_NP = patches(generator.model, batch)
+        condition_NW = head.condition(hidden_ND, location_N4)
+        if settings.objective == "shortcut":
+            condition_NW = head.shortcut(condition_NW, torch.zeros(len(x_NP), device=x_NP.device))
+        noise_NP = draws_of(batch, width, replace(settings, draws=1)).noise_MP
+        ones_N1 = x_NP.new_ones(len(x_NP), 1)
+        field = Field(head, settings, condition_NW, Guidance(), ones_N1, partial(torch.randn_like, x_NP))
+        losses.append(update(solver_loss(solver, field, noise_NP * (1 - times[0]), times), solver, optimizer))
+    return solver, losses
+
+
+def distill_consistency(generator: Generator, config: Config, steps: int, updates: int, lr: float, decay: float,
+                        from_data: bool) -> tuple[checkpoint.Checkpoint, list[float]]:  # fmt: skip
+    """The new model, and the loss of every update. Raises ValueError for a model that is no flow."""
+    old = config.model.head
+    if old.objective != "matching":
+        raise ValueError(f"the checkpoint has model.head.objective {old.objective}; it must be matching")
+    head = replace(old, objective="consistency", time_law="uniform", consistency_steps=steps)
+    config = replace(config, model=replace(config.model, head=head))
+    flow = generator.model.diffusion_head
+    student, average = copy.deepcopy(flow).requires_grad_(True), copy.deepcopy(flow)
+    optimizer, losses = torch.optim.Adam(student.parameters(), lr), []
+    ema = WeightAverage(dict(student.named_parameters()), config.optim.ema_decay)
+    for number, batch in enumerate(batches(config, generator, updates)):
+        hidden_ND, location_N4, x_NP = patches(generator.model, batch)
+        draws = draws_of(batch, x_NP.shape[1], head)
+        loss_M = head_loss(student, hidden_ND, location_N4, x_NP, draws, head, average, None if from_data else flow)
+        losses.append(update(loss_M.mean(), student, optimizer))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
+        ema.update(dict(student.named_parameters()), number)
+
+    def with_head(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return generator.model.tensors() | {f"diffusion_head.{name}": part for name, part in parts.items()}
+
+    raw = dict(student.named_parameters())
+    return checkpoint.Checkpoint(config, updates, with_head(raw), with_head(ema.parts), {}), losses
+
+
+def main() -> None:
+    """Exit status 0: done; 2: wrong input, nothing was written; 1: something failed in the middle of work."""
+    arguments = _parser().parse_args()
+    try:
+        for name in ("steps", "updates"):
+            if getattr(arguments, name) < (2 if arguments.kind == "solver" and name == "steps" else 1):
+                raise ValueError(f"--{name} is {getattr(arguments, name)}; it is too small")
+        folder = checkpoint.resolve(arguments.checkpoint)
+        generator = Generator.load(folder, "ema", arguments.device)
+        generator.model.requires_grad_(False)
+        config = checkpoint.read_config(folder)
+        if arguments.kind == "consistency" and arguments.out.exists():
+            raise ValueError(f"--out {arguments.out} exists; choose a new folder")
+    except (ValueError, OSError) as error:
+        fail(error, 2)
+    try:
+        if arguments.kind == "solver":
+            solver, losses = distill_solver(generator, config, arguments.steps, arguments.grid, arguments.updates,
+                                            arguments.lr)  # fmt: skip
+            target = checkpoint.save_solver(folder, solver)
+        else:
+            made, losses = distill_consistency(generator, config, arguments.steps, arguments.updates, arguments.lr,
+                                               arguments.decay, arguments.from_data)  # fmt: skip
+            run = replace(config.run, dir=str(arguments.out), steps=arguments.updates)
+            saver = checkpoint.Saver(arguments.out, generator.tokenizer, CheckpointSection())
+            saver.begin(replace(made, config=replace(made.config, run=run)), background=False)
+            target = saver.finish() or arguments.out
+    except (ValueError, OSError) as error:
+        fail(error, 1)
+    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
+    print(f"loss {first:.5f} at first, {last:.5f} at last")
+    print(target)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="python -m train.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for name, steps, what, updates, lr in (
+        ("solver", 4, "steps of the solver, at least 2", 200, 1e-2),
+        ("consistency", 32, "times on which jumps shall agree", 400, 5e-4),
+    ):
+        kind = kinds.add_parser(name)
+        kind.add_argument("--checkpoint", required=True, help="run folder (its latest checkpoint) or checkpoint folder")
+        kind.add_argument("--steps", type=int, default=steps, help=f"{what} (default: {steps})")
+        kind.add_argument("--updates", type=int, default=updates, help=f"steps of training (default: {updates})")
+        kind.add_argument("--lr", type=float, default=lr, help=f"learning rate of Adam (default: {lr:g})")
+        kind.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        if name == "solver":
+            kind.add_argument("--grid", default="uniform", choices=GRIDS, help="grid of times (default: uniform)")
+        else:
+            kind.add_argument("--out", type=Path, required=True, help="folder of the new run")
+            kind.add_argument(
+                "--decay",
+                type=float,
+                default=0.95,
+                help="of the average whose jumps are the target; 0: the head itself (default: 0.95)",
+            )
+            kind.add_argument(
+                "--from_data",
+                action="store_true",
+                help="go from a time to the next on the line to the data, not as the flow says",
+            )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
