@@ -92,14 +92,19 @@ def distill_solver(generator: Generator, config: Config, steps: int, grid: str, 
     return solver, losses
 
 
-def distill_consistency(generator: Generator, config: Config, steps: int, updates: int, lr: float, decay: float,
-                        from_data: bool) -> tuple[checkpoint.Checkpoint, list[float]]:  # fmt: skip
-    """The new model, and the loss of every update. Raises ValueError for a model that is no flow."""
+def consistency_config(config: Config, steps: int) -> Config:
+    """That of the new model. Raises ValueError for a model that is no flow."""
     old = config.model.head
     if old.objective != "matching":
         raise ValueError(f"the checkpoint has model.head.objective {old.objective}; it must be matching")
     head = replace(old, objective="consistency", time_law="uniform", consistency_steps=steps)
-    config = replace(config, model=replace(config.model, head=head))
+    return replace(config, model=replace(config.model, head=head))
+
+
+def distill_consistency(generator: Generator, config: Config, updates: int, lr: float, decay: float, from_data: bool
+                        ) -> tuple[checkpoint.Checkpoint, list[float]]:  # fmt: skip
+    """The new model, of which config is, and the loss of every update."""
+    head = config.model.head
     flow = generator.model.diffusion_head
     student, average = copy.deepcopy(flow).requires_grad_(True), copy.deepcopy(flow)
     optimizer, losses = torch.optim.Adam(student.parameters(), lr), []
@@ -131,8 +136,10 @@ def main() -> None:
         generator = Generator.load(folder, "ema", arguments.device)
         generator.model.requires_grad_(False)
         config = checkpoint.read_config(folder)
-        if arguments.kind == "consistency" and arguments.out.exists():
-            raise ValueError(f"--out {arguments.out} exists; choose a new folder")
+        if arguments.kind == "consistency":
+            config = consistency_config(config, arguments.steps)
+            if arguments.out.exists():
+                raise ValueError(f"--out {arguments.out} exists; choose a new folder")
     except (ValueError, OSError) as error:
         fail(error, 2)
     try:
@@ -141,8 +148,9 @@ def main() -> None:
                                             arguments.lr)  # fmt: skip
             target = checkpoint.save_solver(folder, solver)
         else:
-            made, losses = distill_consistency(generator, config, arguments.steps, arguments.updates, arguments.lr,
-                                               arguments.decay, arguments.from_data)  # fmt: skip
+            made, losses = distill_consistency(
+                generator, config, arguments.updates, arguments.lr, arguments.decay, arguments.from_data
+            )
             run = replace(config.run, dir=str(arguments.out), steps=arguments.updates)
             saver = checkpoint.Saver(arguments.out, generator.tokenizer, CheckpointSection())
             saver.begin(replace(made, config=replace(made.config, run=run)), background=False)

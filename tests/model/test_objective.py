@@ -348,6 +348,44 @@ def test_consistency_loss_by_hand() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", ["x", "v"])
+@pytest.mark.parametrize("distils", [False, True])
+def test_consistency_with_an_average_and_a_teacher_by_hand(prediction, distils) -> None:
+    """The target is the average's jump from the next time, which is on the line or an Euler step of the teacher away;
+    from the last time before the end there is no jump: the target is where that step ends."""
+    config = head_config(draws=4, objective="consistency", prediction=prediction, consistency_steps=3)
+    head, average, teacher = (build(tiny_config(head=config), seed=n).diffusion_head for n in range(3))
+    hidden, location, x = case(30)
+    draws = draw([30], [9], 12, config, CPU)
+    found = head_loss(head, hidden, location, x, draws, config, average, teacher if distils else None)
+    x, (time, noise, _) = x.repeat_interleave(4, 0), draws
+
+    def velocity(who, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        out = who(z, t[:, 0], who.condition(hidden, location).repeat_interleave(4, 0))
+        return (out - z) / (1 - t) if prediction == "x" else out
+
+    with torch.no_grad():
+        z = time * x + (1 - time) * noise
+        after = time + 1 / 3
+        there = z + velocity(teacher, z, time) / 3 if distils else after * x + (1 - after) * noise
+        last, safe = time > 0.6, after.clamp_max(0.9)
+        target = torch.where(last, there, there + (1 - after) * velocity(average, there, safe))
+        expected = ((z + (1 - time) * velocity(head, z, time) - target) / (1 - time)).square().mean(1)
+    assert last.any()
+    assert not last.all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_average_and_teacher_get_no_gradient() -> None:
+    config = head_config(draws=4, objective="consistency")
+    head, average, teacher = (build(tiny_config(head=config), seed=n).diffusion_head for n in range(3))
+    hidden, location, x = case(30)
+    head_loss(head, hidden, location, x, draw([30], [9], 12, config, CPU), config, average, teacher).sum().backward()
+    assert any(parameter.grad is not None for parameter in head.parameters())
+    others = [*average.parameters(), *teacher.parameters()]
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in others)
+
+
 def test_consistency_over_one_step_is_flow_matching() -> None:
     """At the boundary the target is the patch itself."""
     one = head_config(objective="consistency", consistency_steps=1)
