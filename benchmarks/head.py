@@ -14,17 +14,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
+from benchmarks.head_rows import SETTINGS, Setting, label
 from benchmarks.report import Result, Row
-from model.diffusion.guidance import Guidance
-from model.diffusion.sampler import evaluations
+from model.diffusion.sampler import LEARNED, evaluations
 from model.generate import Sampling
 from train import checkpoint, settings
 from train.config import Config
+from train.distill import consistency_config, distill_consistency, distill_solver, write_run
 from train.evaluate import SUITES, Scores, Task
 from train.generator import Generator
 from train.loop import set_up, train
@@ -33,77 +35,7 @@ ROOT = Path(__file__).parents[1]
 BASES = {"digits": ("configs/digits.yaml", 600), "shapes": ("configs/quickstart.yaml", 800)}
 """The configuration that is varied, and its steps: fewer than its own, so that the table takes hours."""
 ACCURACY = {"digits": "recognised as prompted", "shapes": "one object, drawn, all"}
-STEPS = (1, 2, 4, 8, 16, 50)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model, and the ways to draw from it."""
-
-    name: str
-    factor: str
-    options: tuple[str, ...] = ()
-    """What its training changes of the base."""
-    drawings: tuple[Sampling, ...] = (Sampling(steps=16),)
-    model: str = ""
-    """Draw from the model of this setting instead of training one."""
-    data: tuple[str, ...] = ("digits", "shapes")
-
-
-def _draw(sampler: str, *steps: int, **changes: object) -> tuple[Sampling, ...]:
-    return tuple(Sampling(sampler=sampler, steps=n, **changes) for n in steps)  # type: ignore[arg-type]
-
-
-def _patches(size: int, rows: int, data: str) -> Setting:
-    """As many pictures per step as at the default size: smaller patches make longer documents."""
-    options = (f"--model.patch_size={size}", f"--data.rows_per_step={rows}")
-    return Setting(f"patches of {size}", "patch size", options, data=(data,))
-
-
-SETTINGS = (
-    Setting("default", "", drawings=(*_draw("euler", 16), *_draw("heun", 50))),
-    Setting("shortcut", "objective", ("--model.head.objective=shortcut",), _draw("euler", 16, 1, 2, 4, 8)),
-    Setting("consistency", "objective", ("--model.head.objective=consistency", "--model.head.time_law=uniform"),
-            (*_draw("consistency", 16, 1, 2, 4, 8), *_draw("euler", 16))),
-    Setting("few steps", "sampler", drawings=(*_draw("euler", 1, 2, 4, 8), *_draw("heun", 1, 2, 4, 8)),
-            model="default"),
-    Setting("prediction v", "prediction", ("--model.head.prediction=v",)),
-    Setting("prediction eps", "prediction", ("--model.head.prediction=eps",),
-            (*_draw("euler", 16), *_draw("euler", 16, clamp=True))),
-    _patches(1, 20, "digits"),
-    _patches(4, 5, "digits"),
-    _patches(4, 20, "shapes"),
-    _patches(16, 5, "shapes"),
-    Setting("loss x", "loss", ("--model.head.loss=x",)),
-    Setting("loss eps", "loss", ("--model.head.loss=eps",)),
-    Setting("time uniform", "time law", ("--model.head.time_law=uniform",)),
-    Setting("time (-2.2, 1.3)", "time law", ("--model.head.time_mean=-2.2", "--model.head.time_std=1.3"),
-            data=("digits",)),
-    Setting("time (-0.8, 0.8)", "time law", ("--model.head.time_mean=-0.8", "--model.head.time_std=0.8"),
-            data=("shapes",)),
-    Setting("time (0, 1)", "time law", ("--model.head.time_mean=0", "--model.head.time_std=1"), data=("digits",)),
-    Setting("1 draw", "draws", ("--model.head.draws=1",)),
-    Setting("8 draws", "draws", ("--model.head.draws=8",)),
-    Setting("2 scales", "loss scales", ("--model.head.loss_scales=2",)),
-    Setting("context noise", "context noise", ("--model.context_noise=0.5",)),
-    Setting("guidance", "guidance", drawings=(
-        *_draw("euler", 16, guidance=Guidance(1.5)),
-        *_draw("euler", 16, guidance=Guidance(3)),
-        *_draw("euler", 16, guidance=Guidance(3), clamp=True),
-        *_draw("euler", 16, guidance=Guidance(3, renormalise=True)),
-        *_draw("euler", 16, guidance=Guidance(3, "interval", 0.3)),
-        *_draw("euler", 16, guidance=Guidance(3, "linear")),
-    ), model="default"),
-    Setting("DDPM, cosine, v", "objective", ("--model.head.path=cosine", "--model.head.prediction=v",
-            "--model.head.objective=ddpm", "--model.head.time_law=uniform"),
-            (*_draw("euler", 16), *_draw("ddpm", 16, 50))),
-    Setting("samplers", "sampler", drawings=(
-        *_draw("euler", 50), *_draw("heun", 16),
-        *(drawing for name in ("midpoint", "geometric", "ddpm", "sde") for drawing in _draw(name, *STEPS)),
-        *_draw("euler", 2, 4, 8, 16, grid="edm"), *_draw("heun", 2, 4, 8, 16, grid="edm"),
-    ), model="default"),
-)  # fmt: skip
-"""The rows of the table, the ones that say most first."""
+SOLVER_UPDATES = 100
 
 
 @dataclass(frozen=True)
@@ -117,6 +49,8 @@ class Cell:
     config: Config
     """Of the model's run."""
     pictures: int
+    default: Config
+    """Of the default's run with the same seed."""
 
     @property
     def run(self) -> Path:
@@ -129,17 +63,6 @@ class Cell:
     @property
     def trained(self) -> bool:
         return checkpoint.step_folder(self.run, self.config.run.steps).is_dir()
-
-
-def label(sampling: Sampling) -> str:
-    """What differs from the Sampling of a plain `euler`, in words."""
-    guidance = sampling.guidance
-    parts = [sampling.sampler, str(sampling.steps)]
-    parts += [f"{sampling.grid} grid"] if sampling.grid != "uniform" else []
-    parts += [f"guidance {guidance.scale:g}"] if guidance.scale != 1 else []
-    parts += [guidance.schedule + (f" from {guidance.low:g}" if guidance.schedule == "interval" else "")
-              ] if guidance.schedule != "constant" else []  # fmt: skip
-    return " ".join(parts + ["renormalised"] * guidance.renormalise + ["clamped"] * sampling.clamp)
 
 
 def _slug(name: str) -> str:
@@ -192,28 +115,52 @@ def plan(data: Sequence[str], rows: list[str] | None, seeds: int, pictures: int,
     cells = []
     for seed in range(seeds):
         for kind in data:
-            base, own_steps = BASES[kind]
+            number = steps or BASES[kind][1]
             for setting in [setting for setting in chosen if kind in setting.data]:
-                model = by_name[setting.model or setting.name]
-                number = steps or own_steps
-                place = folder / f"{kind}-{number}" / _slug(model.name) / f"seed-{seed}"
-                config, _ = settings.parse([
-                    "--config", str(ROOT / base), f"--run.dir={place}", f"--run.steps={number}", f"--run.seed={seed}",
-                    "--eval.every=0", "--log.every=50", "--data.workers=0", "--checkpoint.every=200",
-                    "--checkpoint.keep_last=1", *model.options,
-                ])  # fmt: skip
-                cells += [Cell(kind, setting, seed, sampling, config, pictures) for sampling in setting.drawings]
+                own = by_name[setting.model] if setting.model else setting
+                model, default = (config_of(one, kind, number, seed, folder) for one in (own, by_name["default"]))
+                cells += [Cell(kind, setting, seed, drawing, model, pictures, default) for drawing in setting.drawings]
     return cells
+
+
+def config_of(model: Setting, data: str, steps: int, seed: int, folder: Path) -> Config:
+    """The run of a model."""
+    config = base_of(data)
+    run = replace(config.run, dir=str(folder / f"{data}-{steps}" / _slug(model.name) / f"seed-{seed}"), steps=steps,
+                  seed=seed)  # fmt: skip
+    config = replace(config, run=run)
+    for key, value in model.options:
+        config = changed(config, key.split("."), value)
+    return consistency_config(config, config.model.head.consistency_steps) if model.distilled else config
+
+
+@cache
+def base_of(data: str) -> Config:
+    """The configuration that is varied."""
+    return settings.parse([
+        "--config", str(ROOT / BASES[data][0]), "--eval.every=0", "--log.every=50", "--data.workers=0",
+        "--checkpoint.every=200", "--checkpoint.keep_last=1",
+    ])[0]  # fmt: skip
+
+
+def changed(config: Any, keys: Sequence[str], value: object) -> Any:
+    """A copy of nested dataclasses with another value at the path of keys."""
+    first, *rest = keys
+    return replace(config, **{first: changed(getattr(config, first), rest, value) if rest else value})
 
 
 def work(cell: Cell) -> None:
     """Train the model if it is not, draw, and write the scores, whole or not at all."""
     if not cell.trained:
         print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}: training", file=sys.stderr)
-        learn(cell.config)
+        learn(cell)
     began = time.perf_counter()
     cell.scores.parent.mkdir(exist_ok=True)
     generator = Generator.load(cell.run)
+    if cell.sampling.sampler == LEARNED:
+        generator.model.requires_grad_(False)
+        steps, grid = cell.sampling.steps, cell.sampling.grid
+        generator.model.solver, _ = distill_solver(generator, cell.config, steps, grid, SOLVER_UPDATES, 1e-2)
     # The first cell of a row says all; the others only how the pictures are.
     only_draw = cell.sampling != cell.setting.drawings[0] or bool(cell.setting.model)
     task = Task(generator, cell.config, cell.sampling, cell.pictures, 0, cell.scores.parent, False, only_draw)
@@ -226,7 +173,20 @@ def work(cell: Cell) -> None:
           f"({seconds:.0f} s)", file=sys.stderr)  # fmt: skip
 
 
-def learn(config: Config) -> None:
+def learn(cell: Cell) -> None:
+    """Train the model of a cell, the default before one that is distilled from it."""
+    if not cell.setting.distilled:
+        train_model(cell.config)
+        return
+    if not checkpoint.step_folder(Path(cell.default.run.dir), cell.default.run.steps).is_dir():
+        train_model(cell.default)
+    generator = Generator.load(cell.default.run.dir)
+    generator.model.requires_grad_(False)
+    made, _ = distill_consistency(generator, cell.config, cell.config.run.steps, 5e-4, 0.95, from_data=False)
+    write_run(made, generator, cell.run)
+
+
+def train_model(config: Config) -> None:
     """Train to the end; a signal ends the run with a checkpoint, and then the table too."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     run = set_up(config)
@@ -272,7 +232,7 @@ def speed(config: Config) -> Scores:
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         short = replace(config, run=replace(config.run, dir=folder, stop_after=4), log=replace(config.log, every=1))
-        learn(short)
+        train_model(short)
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         generator = Generator.load(folder)
     logging.disable(logging.NOTSET)
@@ -312,7 +272,8 @@ def measurement(cell: Cell) -> Row:
         value = scores.get(prefix + name)
         return None if value is None or math.isnan(value) else value
 
-    metrics = [json.loads(line) for line in (cell.run / "metrics.jsonl").read_text().splitlines()]
+    log = cell.run / "metrics.jsonl"
+    metrics = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     seam, real_seam = score("seam energy"), score(f"seam energy, {real}")
     side = 8 if cell.data == "digits" else 32
     return {
@@ -334,8 +295,8 @@ def measurement(cell: Cell) -> Row:
         "image_loss_own": score("image loss, own pictures"),
         "captions_exact_percent": _percent(score("caption exact" if prefix else "test split, caption exact")),
         "training_steps": cell.config.run.steps,
-        "training_tflop": sum(line["gflops_per_second"] * line["step_seconds"] for line in metrics
-                              if "gflops_per_second" in line) * cell.config.log.every / 1000,
+        "training_tflop": cell.config.log.every / 1000 * sum(
+            line["gflops_per_second"] * line["step_seconds"] for line in metrics) if metrics else None,
     }  # fmt: skip
 
 
@@ -366,8 +327,7 @@ def summarise(rows: Sequence[Row]) -> Row:
         "loss, own": mean("image_loss_own", 3),
         "captions, %": mean("captions_exact_percent", 1),
         "CPU ms / picture": f"{1000 * statistics.mean(float(row['cpu_seconds_per_picture'] or 0) for row in rows):.1f}",
-        "training, TFLOP": mean("training_tflop", 1) if len(rows) == 1 else
-        f"{statistics.mean(float(row['training_tflop'] or 0) for row in rows):.1f}",
+        "training, TFLOP": mean("training_tflop", 1),
         "seeds": len(rows),
     }  # fmt: skip
 
@@ -394,8 +354,12 @@ def notes(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
         found = average(rows, data, "accuracy_percent")
         if ("default", "heun 50") in found:
             best = found["default", "heun 50"][1]
-            few = [f"{name}, {drawn} ({accuracy:.1f} %)" for (name, drawn), (evaluations, accuracy) in found.items()
-                   if evaluations <= 4 and accuracy > best - 2]  # fmt: skip
+            distance = average(rows, data, "frechet_distance")
+            few = []
+            for key, (count, accuracy) in found.items():
+                if count <= 4 and accuracy > best - 2:
+                    also = f", Frechet distance {distance[key][1]:.0f}" if key in distance else ""
+                    few.append(f"{', '.join(key)} ({accuracy:.1f} %{also})")
             lines.append(f"  50 steps of Heun: {best:.1f} % right. Within 2 points in 4 evaluations or less: "
                          f"{'; '.join(few) or 'none'}.")  # fmt: skip
     return (
@@ -404,8 +368,8 @@ def notes(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
 
 Right: an independent classifier recognises the digit that was asked for, or the oracle reads colour, shape, size and
 place of the caption in the picture; {rows[0]["pictures"]} pictures per cell and seed. Frechet distance: of raw gray
-pixels to the test split. Seams: steps between neighbouring pixels at borders of patches over those inside, over the
-same of real pictures. Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
+pixels to the test split; look at both, since blurred digits, means over what a patch could be, are recognised best.
+Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures. Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
 Evaluations of the head count both streams of guidance. Ranges are over seeds.
 """
     )

@@ -78,7 +78,9 @@ def distill_solver(generator: Generator, config: Config, steps: int, grid: str, 
     """The solver for `steps` steps, and the loss of every update."""
     head, settings, width = generator.model.diffusion_head, config.model.head, config.model.patch_width
     times = grid_of(grid, steps, PATHS[settings.path])
-    solver = LearnedMidpoint(width, steps, grid).to(generator.model.token_embedding.weight.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        solver = LearnedMidpoint(width, steps, grid).to(generator.model.token_embedding.weight.device)
     optimizer, losses = torch.optim.Adam(solver.parameters(), lr), []
     for batch in batches(config, generator, updates):
         hidden_ND, location_N4, x_NP = patches(generator.model, batch)
@@ -105,6 +107,7 @@ def distill_consistency(generator: Generator, config: Config, updates: int, lr: 
                         ) -> tuple[checkpoint.Checkpoint, list[float]]:  # fmt: skip
     """The new model, of which config is, and the loss of every update."""
     head = config.model.head
+    generator.model.solver = None  # It would not serve the new head.
     flow = generator.model.diffusion_head
     student, average = copy.deepcopy(flow).requires_grad_(True), copy.deepcopy(flow)
     optimizer, losses = torch.optim.Adam(student.parameters(), lr), []
@@ -123,6 +126,14 @@ def distill_consistency(generator: Generator, config: Config, updates: int, lr: 
 
     raw = dict(student.named_parameters())
     return checkpoint.Checkpoint(config, updates, with_head(raw), with_head(ema.parts), {}), losses
+
+
+def write_run(made: checkpoint.Checkpoint, generator: Generator, out: Path) -> Path:
+    """A run folder of the new model. Returns its only checkpoint; raises OSError if it cannot be written."""
+    config = replace(made.config, run=replace(made.config.run, dir=str(out), steps=made.step))
+    saver = checkpoint.Saver(out, generator.tokenizer, CheckpointSection())
+    saver.begin(replace(made, config=config), background=False)
+    return saver.finish() or out
 
 
 def main() -> None:
@@ -151,10 +162,7 @@ def main() -> None:
             made, losses = distill_consistency(
                 generator, config, arguments.updates, arguments.lr, arguments.decay, arguments.from_data
             )
-            run = replace(config.run, dir=str(arguments.out), steps=arguments.updates)
-            saver = checkpoint.Saver(arguments.out, generator.tokenizer, CheckpointSection())
-            saver.begin(replace(made, config=replace(made.config, run=run)), background=False)
-            target = saver.finish() or arguments.out
+            target = write_run(made, generator, arguments.out)
     except (ValueError, OSError) as error:
         fail(error, 1)
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
