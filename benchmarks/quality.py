@@ -48,9 +48,9 @@ def run(folder: str = "runs/quality", shapes_steps: int = 400, text_steps: int =
             found = json.loads(scores.read_text(encoding="utf-8"))["scores"]
             rows += [{"suite": suite, "kind": kind, "score": name, "value": value} for name, value in found.items()]
     summary: list[Row] = []
-    for suite, name in dict.fromkeys((row["suite"], row["score"]) for row in rows):
-        line: Row = {"suite": suite, "score": name}
-        line |= {str(row["kind"]): row["value"] for row in rows if (row["suite"], row["score"]) == (suite, name)}
+    for part, name in dict.fromkeys((row["suite"], row["score"]) for row in rows):
+        line: Row = {"suite": part, "score": name}
+        line |= {str(row["kind"]): row["value"] for row in rows if (row["suite"], row["score"]) == (part, name)}
         summary.append(line)
     bits = next(line for line in summary if line["score"] == "bits per byte")
     change = {kind: float(bits[kind] or 0) / float(bits["dense"] or 1) - 1 for kind in ("vq", "hybrid")}
