@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks.report import Result, Row
 from model.attention.codebook import VQConfig
@@ -18,6 +19,7 @@ from model.rope import Rotation, frequencies, rotation
 from train.ranks import pick_device
 
 _TRAIN, _DECODE = "forward+backward", "decode"
+_BANDS: dict[str, Literal["strict", "block"]] = {"vq": "strict", "vq block": "block"}
 
 
 def run(
@@ -28,7 +30,6 @@ def run(
     width: int = 64,
     codes: int = 256,
     window: int = 256,
-    band: Literal["strict", "block"] = "strict",
     chunk_blocks: int = 32,
     recompute_chunks: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -41,37 +42,45 @@ def run(
     Args:
         lengths: slots of the row for forward and backward; default 1024, 2048, ..., 131072.
         decode_lengths: slots that are held when one more is decoded; default 1024, 8192, 32768, 131072.
-        dense_up_to: longest row that dense attention is trained on.
+        dense_up_to: longest row that dense attention is trained on with all heads. Beyond, one head is trained, once,
+            and counts as often as there are heads, which are computed one by one.
         heads: query and key/value heads. width: of a head.
-        codes: codewords. window, band, chunk_blocks, recompute_chunks: see model.vq.
+        codes: codewords. window, chunk_blocks, recompute_chunks: see model.vq. Both bands take part.
         dtype: of queries, keys and values.
         device: cpu, cuda or auto.
-        rounds: timed rounds; in each one both kinds take their turn at a length.
+        rounds: timed rounds; in each one all kinds take their turn at a length.
         steps: decoded slots per round.
     """
     place, kind_of = pick_device(device), getattr(torch, dtype)
     lengths = lengths or [2**n for n in range(10, 18)]
     decode_lengths = decode_lengths or [1024, 8192, 32768, 131072]
-    config = VQConfig(codes, window, band, chunk_blocks=chunk_blocks, recompute_chunks=recompute_chunks)
-    vq = VQAttention(width, heads, 10000.0, "alternate", config)
-    torch.manual_seed(0)
-    vq.codebook.initialise()
-    kinds: dict[str, nn.Module] = {"dense": DenseAttention(width), "vq": vq.to(place)}
+    kinds: dict[str, nn.Module] = {"dense": DenseAttention(width)}
+    for name, band in _BANDS.items():
+        config = VQConfig(codes, window, band, chunk_blocks=chunk_blocks, recompute_chunks=recompute_chunks)
+        vq = VQAttention(width, heads, 10000.0, "alternate", config)
+        torch.manual_seed(0)
+        vq.codebook.initialise()
+        kinds[name] = vq.to(place)
     rows: list[Row] = []
-    for length in lengths:
+    for length in tqdm(lengths, _TRAIN, unit="length"):
         calls = {name: _training(kind, length, heads, width, kind_of, place) for name, kind in kinds.items()
-                 if name == "vq" or length <= dense_up_to}  # fmt: skip
+                 if name != "dense" or length <= dense_up_to}  # fmt: skip
         rows += _measure(calls, _TRAIN, length, rounds, place, 1)
-    for length in decode_lengths:
+        if length > dense_up_to:
+            one_head = {"dense": _training(kinds["dense"], length, 1, width, kind_of, place)}
+            (row,) = _measure(one_head, _TRAIN, length, 1, place, 1, warm=False)
+            rows.append(row | {name: heads * float(row[name] or 0) for name in ("seconds", "bytes")} | {"heads": 1})
+    for length in tqdm(decode_lengths, _DECODE, unit="length"):
         calls = {name: _decoding(kind, length, heads, width, kind_of, place, steps) for name, kind in kinds.items()}
         rows += _measure(calls, _DECODE, length, rounds, place, steps)
     summary = [*_summary(rows, _TRAIN, lengths), *_summary(rows, _DECODE, decode_lengths)]
     notes = (
-        f"{heads} heads of {width}, {codes} codewords, window {window}, {band} band, {dtype}, batch 1, "
+        f"{heads} heads of {width}, {codes} codewords, window {window}, strict and block band, {dtype}, batch 1, "
         f"{torch.get_num_threads()} thread(s). Seconds: medians of {rounds} round(s), per slot when decoding. Memory: "
         f"{'the peak' if place.type == 'cuda' else 'what autograd keeps for the backward pass'}, and the decode "
         "state. Forward and backward includes the search for the nearest codewords and the codebook's sums. "
-        f"Dense was trained up to {dense_up_to} slots; its decode state holds random keys. {_crossover(summary)}"
+        f"Dense beyond {dense_up_to} slots is extrapolated: one head, once, times {heads}. Its decode state holds "
+        f"random keys. {_findings(summary)}"
     )
     return Result("attention", rows, summary, notes, _figure(summary), device=place)
 
@@ -128,9 +137,9 @@ def _decoding(kind: nn.Module, length: int, heads: int, width: int, dtype: torch
 
 
 def _measure(calls: dict[str, Callable[[], int]], what: str, length: int, rounds: int, device: torch.device,
-             parts: int) -> list[Row]:  # fmt: skip
+             parts: int, warm: bool = True) -> list[Row]:  # fmt: skip
     rows: list[Row] = []
-    for number in range(-1, rounds):  # the first one warms up
+    for number in range(-1 if warm else 0, rounds):
         for name, call in calls.items():
             _wait(device)
             began = time.perf_counter()
@@ -146,30 +155,43 @@ def _summary(rows: list[Row], what: str, lengths: list[int]) -> list[Row]:
     table: list[Row] = []
     for length in lengths:
         found: Row = {"pass": what, "length": length}
-        for name in ("dense", "vq"):
+        for name in ("dense", *_BANDS):
             mine = [row for row in rows if (row["pass"], row["length"], row["kind"]) == (what, length, name)]
-            seconds = [float(row["seconds"] or 0) for row in mine]
-            found[f"{name}, ms"] = 1e3 * statistics.median(seconds) if mine else None
-            found[f"{name}, MB"] = float(mine[0]["bytes"] or 0) / 1e6 if mine else None
-        dense, vq = found["dense, ms"], float(found["vq, ms"] or 0)
-        found["dense / vq"] = float(dense) / vq if dense else None
-        found["vq, us per slot"] = 1e3 * vq / (length if what == _TRAIN else 1)
+            found[f"{name}, ms"] = 1e3 * statistics.median(float(row["seconds"] or 0) for row in mine)
+            found[f"{name}, MB"] = float(mine[0]["bytes"] or 0) / 1e6
+        for name in _BANDS:
+            found[f"dense / {name}"] = _ms(found, "dense") / _ms(found, name)
+            found[f"{name}, us per slot"] = 1e3 * _ms(found, name) / (length if what == _TRAIN else 1)
         table.append(found)
     return table
 
 
-def _crossover(summary: list[Row]) -> str:
-    faster = [int(row["length"] or 0) for row in summary if row["pass"] == _TRAIN and float(row["dense / vq"] or 0) > 1]
-    return f"VQ trains faster from {min(faster)} slots on." if faster else "VQ was not faster at any length."
+def _ms(row: Row, name: str) -> float:
+    return float(row[f"{name}, ms"] or 0)
+
+
+def _findings(summary: list[Row]) -> str:
+    """Where VQ begins to be faster, and how its cost per slot changes between the lengths that are to be compared."""
+    said = []
+    for name in _BANDS:
+        faster = [
+            int(row["length"] or 0) for row in summary if row["pass"] == _TRAIN and _ms(row, "dense") > _ms(row, name)
+        ]
+        said.append(f"{name} trains faster from {min(faster)} slots on." if faster else f"{name} was never faster.")
+        for what, least in ((_TRAIN, 8192), (_DECODE, 0)):
+            cost = [float(row[f"{name}, us per slot"] or 0) for row in summary
+                    if row["pass"] == what and int(row["length"] or 0) >= least]  # fmt: skip
+            if len(cost) > 1:
+                said.append(f"Its {what} per slot at the longest differs by {cost[-1] / cost[0] - 1:+.0%} from that at "
+                            f"{'8192' if least else 'the shortest'}.")  # fmt: skip
+    return " ".join(said)
 
 
 def _figure(summary: list[Row]) -> Figure:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axis, what in zip(figure.subplots(1, 2), (_TRAIN, _DECODE), strict=True):
-        for name in ("dense", "vq"):
-            points = [
-                (row["length"], row[f"{name}, ms"]) for row in summary if row["pass"] == what and row[f"{name}, ms"]
-            ]
+        for name in ("dense", *_BANDS):
+            points = [(row["length"], row[f"{name}, ms"]) for row in summary if row["pass"] == what]
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel="slots", ylabel="ms", xscale="log", yscale="log", title=what)
         axis.legend()

@@ -14,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 # No deadline: on a shared machine a slow example says nothing about the code. Derandomised: the same examples on every
 # machine, so that a failure in continuous integration is the same failure here.

@@ -1,5 +1,5 @@
 """Softmax attention over keys that lie in several tensors, as if they were one: parts are attended by themselves and
-merged by the logarithms of their normalisers.
+merged by the logarithms of their normalisers. On CUDA kernel.py takes its place.
 
 The backward pass of each part is that of ordinary attention, given the merged output and normaliser instead of the
 part's own, as in ring attention (arXiv 2310.01889).

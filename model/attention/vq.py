@@ -13,6 +13,7 @@ A document is computed in blocks of M slots. The queries of a block see
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -192,8 +193,17 @@ class VQAttention(nn.Module):
         M, E), and the sums over all but the last two blocks."""
         near_q, near_k, v, far_q, word, code = blocks
         share = near_q.shape[2] // near_k.shape[2]
-        cache = v if self.config.grad_through_cache else v.detach()
+        through = self.config.grad_through_cache
+        cache = v if through else v.detach()
         strict, size = self.config.band == "strict", self.window
+        mean, log_count, value_sum, count = _far(code[:-2], cache[:-2], value_sum, count)
+        codewords = self.codebook.codewords_KCE.to(far_q.dtype)
+        if _has_kernel(near_q):
+            from model.attention.kernel import blocks_attended  # on demand: it needs Triton
+
+            out = blocks_attended(near_q, far_q, near_k, word, v, codewords, mean, log_count, self.scale, lead, strict,
+                                  through)  # fmt: skip
+            return out, value_sum, count
         ones = torch.ones(size, size, dtype=near_q.dtype, device=near_q.device)
 
         def queries(x: Tensor, begin: int) -> Tensor:
@@ -214,9 +224,7 @@ class VQAttention(nn.Module):
                 parts.append(Part(queries(far_q, begin), keys(word, *span), keys(cache, *span), MASKED * ones.triu(),
                                   first=first))  # fmt: skip
         if len(v) > 2:
-            mean, log_count, value_sum, count = _far(code[:-2], cache[:-2], value_sum, count)
-            codewords = self.codebook.codewords_KCE.to(far_q.dtype).expand_as(mean)
-            parts.append(Part(queries(far_q, 2), keys(codewords, 0, len(v)), keys(mean, 0, len(v)),
+            parts.append(Part(queries(far_q, 2), keys(codewords.expand_as(mean), 0, len(v)), keys(mean, 0, len(v)),
                               keys(log_count, 0, len(v)).unsqueeze(2), first=(2 - lead) * documents))  # fmt: skip
         return attend(parts, self.scale).unflatten(0, (-1, documents)), value_sum, count
 
@@ -226,16 +234,22 @@ def _far(code: Tensor, v: Tensor, value_sum: Tensor, count: Tensor) -> tuple[Ten
     the sums at the last. code (U, G, K, M), v (U, G, K, M, E); the sums before: (G, K, C, E), (G, K, C)."""
     shape = (*code.shape[:3], count.shape[-1])
     rows = code.shape[:3].numel()
-    index = (code.reshape(rows, -1) + shape[-1] * torch.arange(rows, device=code.device)[:, None]).flatten()
+    index = (code.reshape(rows, code.shape[3]) + shape[-1] * torch.arange(rows, device=code.device)[:, None]).flatten()
     wide = value_sum.dtype
     block_count = count.new_zeros(rows * shape[-1]).index_add_(0, index, count.new_ones(len(index))).view(shape)
     block_sum = value_sum.new_zeros(rows * shape[-1], v.shape[-1]).index_add(
         0, index, v.reshape(-1, v.shape[-1]).to(wide)
     )
     counts = block_count.cumsum(0) + count
-    sums = block_sum.view(*shape, -1).cumsum(0) + value_sum
+    sums = block_sum.view(*shape, v.shape[-1]).cumsum(0) + value_sum
     mean = sums / counts.clamp(min=1).unsqueeze(-1)
-    return mean.to(v.dtype), counts.log().clamp(min=MASKED), sums[-1], counts[-1]
+    last = (sums[-1], counts[-1]) if len(code) else (value_sum, count)
+    return mean.to(v.dtype), counts.log().clamp(min=MASKED), *last
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether the Triton kernel computes the blocks: on CUDA, in up to float32, where Triton is installed."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and find_spec("triton") is not None
 
 
 def _add(state: VQState, code_BKN: Tensor, value_BKNE: Tensor, chosen_BN: Tensor) -> None:
