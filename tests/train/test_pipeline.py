@@ -93,6 +93,30 @@ def test_loader_gives_the_steps_in_order(workers: int) -> None:
         assert_same(joined(found), joined(rows[step]))
 
 
+@pytest.mark.parametrize("sources", [["--data.text.max_bytes=90", "--data.shapes=null"], []])
+def test_a_step_travels_whole(sources: list[str]) -> None:
+    """Also without any patch, and where the bytes of one tensor end in the middle of a word of the next."""
+    config = settings.parse([*TINY, "--data.rows_per_step=3", "--data.row_length=95", *sources])[0]
+    step = replace(make(config)[1], replaced=["one"])
+    parcel = pipeline.Parcel.wrap(step)
+    assert all(tensor.device.type == "meta" for tensor in parts(parcel.outline))
+    arrived = pipeline.Parcel(parcel.outline, parcel.content_N.clone()).unwrap()
+    assert len(parts(arrived)) > 10
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(parts(arrived), parts(step), strict=True))
+    assert arrived.replaced == ["one"]
+    assert [batch.seed_B for batch in arrived.batches] == [batch.seed_B for batch in step.batches]
+    assert [b.documents.squared_lengths for b in arrived.batches] == [b.documents.squared_lengths for b in step.batches]
+
+
+def parts(step: Step) -> list[torch.Tensor]:
+    """Every tensor of a step."""
+    found: list[torch.Tensor] = []
+    for batch in step.batches:
+        found += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        found += [tensor for group in batch.documents.groups for tensor in (group.slot_GL, group.valid_GL)]
+    return found
+
+
 def test_a_step_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(ValueError, match="rows_per_step 8 is not a multiple of 3"):
         make(CONFIG, 0, 3)
