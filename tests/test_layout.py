@@ -41,6 +41,7 @@ OPTIONAL = {
     "torchvision",
     "transformers",
     "transfusion_pytorch",
+    "webdataset",
 }
 
 

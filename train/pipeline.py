@@ -137,7 +137,10 @@ class Parcel:
             parts.extend([flat_N, flat_N.new_zeros(-len(flat_N) % 8)])  # The next one may be of a wider type.
             return tensor.to("meta")
 
-        return cls(step.map(put), torch.cat(parts))
+        outline = step.map(put)
+        # Where the other process can read it, so that it is not copied once more.
+        content_N = torch.empty(sum(map(len, parts)), dtype=torch.uint8).share_memory_()
+        return cls(outline, torch.cat(parts, out=content_N))
 
     def unwrap(self) -> Step:
         """The step, its tensors being views of `content_N`."""
