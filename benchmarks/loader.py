@@ -276,9 +276,9 @@ def _notes(pictures: int, waits: Sequence[dict[str, float]]) -> str:
 pixels by the same function of its size (Pillow, Lanczos), with captions of {_CAPTIONS} sentences in the same tokens. A
 core second is one of CPU time of the process and its one worker, from the start of the loader to its end; medians, and
 ratios within a round. `data.prepare` reads the tars, in one process, and does not decode. Ropeway is the training
-loader on what it wrote: shuffled, patches cut, packed into rows of {_ROW_LENGTH} slots; its tokens are not made again. The
-others read their own files in order, make the tokens, and hand over batches of {_BATCH} samples as three tensors; they
-neither shuffle, pack nor cut patches.
+loader on what it wrote: shuffled, patches cut, packed into rows of {_ROW_LENGTH} slots; its tokens are not made again.
+The others read their own files in order, make the tokens, and hand over batches of {_BATCH} samples as three tensors;
+they neither shuffle, pack nor cut patches.
 
 The wait of the training loop on `configs/quickstart.yaml`: {_share(waits[1:]):.2f} % of the time of steps 2 to
 {len(waits)} (median step {step:.2f} s, {len(os.sched_getaffinity(0))} cores), {_share(waits):.2f} % with the first

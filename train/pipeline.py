@@ -92,13 +92,15 @@ def make_mixture(config: Config, encoder: Encoder, split: Split) -> Mixture:
         max_patches = stage.max_patches or data.max_patches
         weighted = []
         for name, (weight, sources) in groups.items():
+            weight = stage.weights.get(name, 0.0) if stage.weights else weight
+            if weight == 0:  # It may be prepared for the patches of another stage.
+                continue
             if (name, max_patches) not in streams:
                 # Another resolution begins with another order: what was read last must not come first.
                 stage_seed = int(hash_ids(np.array([number]), _STAGE_SEED, seed)[0]) if number else seed
                 own = Encoder(encoder.tokenizer, encoder.patch_size, data.min_patches, max_patches)
                 streams[name, max_patches] = Stream(sources, own, data.row_length, stage_seed, data.condition_dropout,
                                                     data.picture_first)  # fmt: skip
-            weight = stage.weights.get(name, 0.0) if stage.weights else weight
             weighted.append((streams[name, max_patches], weight))
         stages.append((stage.from_step * data.rows_per_step, weighted))
     return Mixture(stages)
