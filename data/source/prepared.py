@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
                         ("height", pa.int32()),  # in pixels, EXIF orientation applied
                         ("width", pa.int32()),
                         ("learn", pa.bool_()),
+                        ("frame", pa.int32()),  # of an image: data.document.Image.frame; sets made earlier lack it
                     ]
                 )
             ),
@@ -83,6 +84,7 @@ class Prepared:
         id, source = rows.column("id")[row].as_py(), rows.column("source")[row].as_py()
         parts = rows.column("segments")[row].values
         texts, ids, images, heights, widths, learns = (parts.field(name) for name in _FIELDS)
+        frames = parts.field("frame") if parts.type.get_field_index("frame") >= 0 else None
         segments: list[Text | Image] = []
         for k in range(len(parts)):
             learn = learns[k].as_py()
@@ -90,15 +92,16 @@ class Prepared:
                 segments.append(Text(texts[k].as_py(), learn, ids[k].values.to_numpy()))
                 continue
             size = heights[k].as_py(), widths[k].as_py()
+            frame = frames[k].as_py() if frames is not None else 0
             if not pixels:
-                segments.append(Image(*size, None, learn))
+                segments.append(Image(*size, None, learn, frame))
                 continue
             try:
                 array = load_image(images[k].as_py(), partial(self._fit, size))
             except ValueError as error:
                 where = f"{self.path}: document {index} ({id!r}): segment {k + 1}"
                 raise ValueError(f"{where}: {error}") from error
-            segments.append(Image(array.shape[0], array.shape[1], array, learn))
+            segments.append(Image(array.shape[0], array.shape[1], array, learn, frame))
         return Document(tuple(segments), id, source)
 
     def check(self, encoder: Encoder) -> None:
