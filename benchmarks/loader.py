@@ -189,7 +189,10 @@ class _Collate:
 
 
 def _counted(stream: Any, collate: _Collate) -> Iterator[Counted]:
-    for _, ids, sizes in DataLoader(stream, _BATCH, num_workers=1, prefetch_factor=4, collate_fn=collate):
+    # Forked as Ropeway's worker is: in a spawned process the default is to spawn, and to import everything once more.
+    loader = DataLoader(stream, _BATCH, num_workers=1, prefetch_factor=4, collate_fn=collate,
+                        multiprocessing_context="fork")  # fmt: skip
+    for _, ids, sizes in loader:
         yield len(sizes), len(ids)
 
 

@@ -162,7 +162,7 @@ def to_json(document: Document, folder: Path) -> str:
 def _parse_segment(obj: Any, where: str) -> list[Text | ImageReference]:
     """One segment, or the frames of a video."""
     if not isinstance(obj, dict) or sum(key in obj for key in ("text", "image", "video")) != 1:
-        raise ValueError(f'{where}: expected an object with either "text" or "image" (or "video")')
+        raise ValueError(f'{where}: expected an object with one of "text", "image" and "video"')
     _refuse_unknown(obj, {"text", "image", "video", "learn"}, where)
     learn = obj.get("learn", True)
     if not isinstance(learn, bool):

@@ -73,7 +73,7 @@ class Unit:
     root: str
     """Real path of the folder that no image path may leave."""
     start: int = 0
-    """First byte (jsonl, csv), row group (parquet) or row (hf)."""
+    """First byte (jsonl, csv), row group (parquet) or row (hf; of a stream the number of a file)."""
     stop: int | None = None
     """The end, not included; None: that of the file."""
     first: int = 1
