@@ -122,9 +122,9 @@ class DataSection:
     stages: list[StageSection] = field(default_factory=list)
     """Later parts of the run with other weights or another resolution, in order of their first steps."""
     tokenizer: str = "bytes"
-    """bytes, or the path of a tokenizer.json."""
+    """bytes, a tokenizer.json, or what transformers.AutoTokenizer loads (extra `hf`)."""
     max_grid: int = 64
-    """Most patch rows or columns that the bytes tokenizer can announce."""
+    """Most patch rows or columns that can be announced, where the tokenizer has no tokens for them yet."""
     min_patches: int = 1
     """Patches of an image at least; smaller images are enlarged."""
     max_patches: int = 1024

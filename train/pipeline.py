@@ -29,8 +29,8 @@ _ROW_SEED, _STAGE_SEED = 17, 18  # beside the uses of hashes in data/
 
 
 def make_tokenizer(data: DataSection) -> Tokenizer:
-    """The bytes tokenizer, or one from a file. Raises ValueError for a file that does not serve."""
-    return Tokenizer.bytes(data.max_grid) if data.tokenizer == "bytes" else Tokenizer.load(data.tokenizer)
+    """See `Tokenizer.named`."""
+    return Tokenizer.named(data.tokenizer, data.max_grid)
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
