@@ -30,13 +30,15 @@ class Text:
 class Image:
     """A picture of height x width pixels. With learn=False it is read as context and not trained on.
 
-    `pixels` is (height, width, 3) uint8 RGB, or None where only the outline was asked for.
+    `pixels` is (height, width, 3) uint8 RGB, or None where only the outline was asked for. `frame` is its number in a
+    video, from 1; 0 is a picture by itself. See `continues`.
     """
 
     height: int
     width: int
     pixels: np.ndarray | None = None
     learn: bool = True
+    frame: int = 0
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -49,7 +51,8 @@ class Image:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Image):
             return NotImplemented
-        if (self.height, self.width, self.learn) != (other.height, other.width, other.learn):
+        mine, theirs = ((one.height, one.width, one.learn, one.frame) for one in (self, other))
+        if mine != theirs:
             return False
         if self.pixels is None or other.pixels is None:
             return self.pixels is other.pixels
@@ -67,6 +70,16 @@ class Document:
     source: str = ""
 
 
+def continues(segment: Text | Image | None, following: Text | Image | None) -> bool:
+    """Whether `following` is the next frame of the video that `segment` is a frame of, when they are neighbours."""
+    return (
+        isinstance(segment, Image)
+        and isinstance(following, Image)
+        and segment.frame > 0
+        and following.frame == segment.frame + 1
+    )
+
+
 @dataclass(frozen=True)
 class ImageReference:
     """An image segment as it is written down, before the picture is read.
@@ -76,6 +89,7 @@ class ImageReference:
 
     image: Any
     learn: bool = True
+    frame: int = 0
 
 
 def parse_outline(obj: Any, where: str = "document") -> tuple[tuple[Text | ImageReference, ...], str, str]:
@@ -89,8 +103,8 @@ def parse_outline(obj: Any, where: str = "document") -> tuple[tuple[Text | Image
     segments = obj.get("segments")
     if not isinstance(segments, list) or not segments:
         raise ValueError(f'{where}: "segments" must be a non-empty list')
-    parsed = tuple(_parse_segment(s, f"{where}: segment {k}") for k, s in enumerate(segments, 1))
-    return parsed, _string(obj, "id", where), _string(obj, "source", where)
+    parsed = [_parse_segment(s, f"{where}: segment {k}") for k, s in enumerate(segments, 1)]
+    return tuple(one for part in parsed for one in part), _string(obj, "id", where), _string(obj, "source", where)
 
 
 def parse_document(obj: Any, folder: Path, pixels: bool = True, where: str = "document") -> Document:
@@ -135,18 +149,31 @@ def to_json(document: Document, folder: Path) -> str:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             PIL.Image.fromarray(segment.pixels).save(path)
-        segments.append({"image": name, "learn": segment.learn})
+        before = document.segments[number - 2] if number > 1 else None
+        if continues(before, segment):
+            segments[-1]["video"].append(name)
+        elif segment.frame:
+            segments.append({"video": [name], "learn": segment.learn})
+        else:
+            segments.append({"image": name, "learn": segment.learn})
     return json.dumps({"id": document.id, "source": document.source, "segments": segments}, ensure_ascii=False)
 
 
-def _parse_segment(obj: Any, where: str) -> Text | ImageReference:
-    if not isinstance(obj, dict) or ("text" in obj) == ("image" in obj):
-        raise ValueError(f'{where}: expected an object with either "text" or "image"')
-    _refuse_unknown(obj, {"text", "image", "learn"}, where)
+def _parse_segment(obj: Any, where: str) -> list[Text | ImageReference]:
+    """One segment, or the frames of a video."""
+    if not isinstance(obj, dict) or sum(key in obj for key in ("text", "image", "video")) != 1:
+        raise ValueError(f'{where}: expected an object with one of "text", "image" and "video"')
+    _refuse_unknown(obj, {"text", "image", "video", "learn"}, where)
     learn = obj.get("learn", True)
     if not isinstance(learn, bool):
         raise ValueError(f'{where}: "learn" must be true or false, got {_kind(learn)}')
-    return Text(_string(obj, "text", where), learn) if "text" in obj else ImageReference(obj["image"], learn)
+    if "text" in obj:
+        return [Text(_string(obj, "text", where), learn)]
+    if "image" in obj:
+        return [ImageReference(obj["image"], learn)]
+    if not isinstance(obj["video"], list) or not obj["video"]:
+        raise ValueError(f'{where}: "video" must be a non-empty list of images')
+    return [ImageReference(image, learn, frame) for frame, image in enumerate(obj["video"], 1)]
 
 
 def _read_image(reference: ImageReference, folder: Path, pixels: bool, where: str) -> Image:
@@ -157,11 +184,11 @@ def _read_image(reference: ImageReference, folder: Path, pixels: bool, where: st
     try:
         if not pixels:
             height, width = image_size(path)
-            return Image(height, width, None, reference.learn)
+            return Image(height, width, None, reference.learn, reference.frame)
         array = load_image(path)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Image(array.shape[0], array.shape[1], array, reference.learn)
+    return Image(array.shape[0], array.shape[1], array, reference.learn, reference.frame)
 
 
 def _string(obj: dict[str, Any], key: str, where: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.document import Document, Image, Text
+from data.document import Document, Image, Text, continues
 from data.image import fit_grid, patchify, resize_to_grid
 from data.tokenizer import Tokenizer
 
@@ -15,6 +16,8 @@ from data.tokenizer import Tokenizer
 _IMAGE_FRAME = 4
 # <bos> ... <eos>.
 _DOCUMENT_FRAME = 2
+# <bov> ... <eov>.
+_VIDEO_FRAME = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Columns:
 
 
 class Encoder:
-    """Turns documents into columns: `<bos> {text | <boi> <rows:h> <cols:w> p1..pN <eoi>}* <eos>`.
+    """Turns documents into columns: `<bos> {text | image | <bov> image+ <eov>}* <eos>`, where an image is
+    `<boi> <rows:h> <cols:w> p1..pN <eoi>`.
 
     Images are brought to a grid of min_patches..max_patches patches of patch_size x patch_size pixels.
     """
@@ -56,13 +60,16 @@ class Encoder:
 
     def length(self, document: Document) -> int:
         """Number of slots of `encode(document)`. Needs no pixels."""
-        slots = _DOCUMENT_FRAME
+        slots, before = _DOCUMENT_FRAME, None
         for segment in document.segments:
             if isinstance(segment, Text):
                 slots += self.tokenizer.count(segment.text) if segment.ids is None else len(segment.ids)
             else:
                 rows, cols = self.grid(segment.height, segment.width)
                 slots += rows * cols + _IMAGE_FRAME
+                if segment.frame and not continues(before, segment):
+                    slots += len(self._video_tokens())
+            before = segment
         return slots
 
     def patches(self, document: Document) -> int:
@@ -74,8 +81,8 @@ class Encoder:
 
         <bos> is never a target and <eos> always is; all other slots follow their segment's `learn`.
         """
-        parts = [self._text(s) if isinstance(s, Text) else self._image(s, document) for s in document.segments]
-        slots = 2 + sum(len(part[0]) for part in parts)
+        parts = list(self._parts(document))
+        slots = 2 + sum(len(part) for part, _, _, _ in parts)
         token = np.empty(slots, np.int32)
         learn = np.empty(slots, bool)
         places = np.zeros((4, slots), np.int32)
@@ -83,10 +90,10 @@ class Encoder:
         learn[0], learn[-1] = False, True
         patches = [np.empty((0, self.patch_size**2 * 3), np.uint8)]
         start = 1
-        for segment, (part, grid, segment_patches) in zip(document.segments, parts, strict=True):
+        for part, part_learn, grid, segment_patches in parts:
             end = start + len(part)
             token[start:end] = part
-            learn[start:end] = segment.learn
+            learn[start:end] = part_learn
             if segment_patches is not None:
                 rows, cols = grid
                 place = places[:, start + 3 : end - 1].reshape(4, rows, cols)
@@ -107,9 +114,27 @@ class Encoder:
             patches=patches[1] if len(patches) == 2 else np.concatenate(patches),
         )
 
-    def _text(self, segment: Text) -> tuple[np.ndarray, tuple[int, int], None]:
-        ids = self.tokenizer.encode_array(segment.text) if segment.ids is None else segment.ids
-        return ids, (0, 0), None
+    def _parts(self, document: Document) -> Iterator[tuple[np.ndarray, bool, tuple[int, int], np.ndarray | None]]:
+        """(ids, learn, grid, patches) of segments and of the brackets of videos, in order."""
+        segments = document.segments
+        for before, segment, after in zip((None, *segments), segments, (*segments[1:], None), strict=False):
+            if isinstance(segment, Text):
+                ids = self.tokenizer.encode_array(segment.text) if segment.ids is None else segment.ids
+                yield ids, segment.learn, (0, 0), None
+                continue
+            if segment.frame and not continues(before, segment):
+                yield self._video_tokens()[:1], segment.learn, (0, 0), None
+            ids, grid, patches = self._image(segment, document)
+            yield ids, segment.learn, grid, patches
+            if segment.frame and not continues(segment, after):
+                yield self._video_tokens()[1:], segment.learn, (0, 0), None
+
+    def _video_tokens(self) -> np.ndarray:
+        if self.tokenizer.bov is None or self.tokenizer.eov is None:
+            raise ValueError(
+                "the tokenizer has no <|bov|> and <|eov|> for a video; make one with --video (docs/data-format.md)"
+            )
+        return np.array([self.tokenizer.bov, self.tokenizer.eov], np.int32)
 
     def _image(self, segment: Image, document: Document) -> tuple[np.ndarray, tuple[int, int], np.ndarray]:
         if segment.pixels is None:
@@ -169,6 +194,8 @@ def picture_first(document: Document) -> Document:
 def cut(document: Document, row_length: int, encoder: Encoder) -> list[Document]:
     """The document in pieces of at most row_length slots, each a document of as many next segments as fit.
 
+    A video may be cut between frames; each piece has its own brackets.
+
     Raises ValueError naming a segment that does not fit a row alone.
     """
     pieces: list[list[Text | Image]] = []
@@ -180,9 +207,11 @@ def cut(document: Document, row_length: int, encoder: Encoder) -> list[Document]
                 f"segment {number} takes {slots} slots, but data.row_length is {row_length}; split the segment, lower "
                 "data.max_patches or raise data.row_length"
             )
-        if filled + slots - _DOCUMENT_FRAME > row_length:
+        more = slots - _DOCUMENT_FRAME
+        goes_on = bool(pieces) and continues(pieces[-1][-1], segment)  # in the brackets of the frame before
+        if filled + more - goes_on * _VIDEO_FRAME > row_length:
             pieces.append([])
-            filled = _DOCUMENT_FRAME
+            filled, goes_on = _DOCUMENT_FRAME, False
         pieces[-1].append(segment)
-        filled += slots - _DOCUMENT_FRAME
+        filled += more - goes_on * _VIDEO_FRAME
     return [replace(document, segments=tuple(piece)) for piece in pieces]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -98,7 +99,7 @@ def resize_to_grid(pixels: np.ndarray, rows: int, cols: int, patch_size: int) ->
     height, width = rows * patch_size, cols * patch_size
     if pixels.shape[:2] == (height, width):
         return pixels
-    return np.asarray(PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.LANCZOS))
+    return np.asarray(_resized(PIL.Image.fromarray(pixels), height, width))
 
 
 def image_size(source: ImageFile) -> tuple[int, int]:
@@ -111,8 +112,11 @@ def image_size(source: ImageFile) -> tuple[int, int]:
         raise _unreadable(source, error) from error
 
 
-def load_image(source: ImageFile) -> np.ndarray:
+def load_image(source: ImageFile, fit: Callable[[int, int], tuple[int, int]] | None = None) -> np.ndarray:
     """Read a file (a path, or its bytes) as (height, width, 3) uint8 RGB, the way a viewer would show it.
+
+    With `fit` it comes in the (height, width) that this gives for its own, as `resize_to_grid` would make it, but
+    without the copies of the large array.
 
     EXIF orientation is applied, transparency is laid on white, gray and palette become RGB, 16-bit gray is scaled to
     8 bits, CMYK is converted; of an animation the first frame is taken. Colour profiles are ignored. Raises
@@ -123,9 +127,16 @@ def load_image(source: ImageFile) -> np.ndarray:
         with _open(source) as image:
             turn = _TURNS.get(_orientation(image))
             rgb = _to_rgb(image)
-            return np.array(rgb if turn is None else rgb.transpose(turn))
+            rgb = rgb if turn is None else rgb.transpose(turn)
+            return np.array(_resized(rgb, *fit(rgb.height, rgb.width)) if fit else rgb)
     except Exception as error:
         raise _unreadable(source, error) from error
+
+
+def _resized(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    if (image.height, image.width) == (height, width):
+        return image
+    return image.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def _open(source: ImageFile) -> PIL.Image.Image:
@@ -156,7 +167,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
             raise ValueError(f"pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
         return PIL.Image.fromarray(((gray.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     white = PIL.Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return PIL.Image.alpha_composite(white, rgba).convert("RGB")

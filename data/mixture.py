@@ -331,7 +331,7 @@ class Turns:
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Raises ValueError unless the weights are >= 0, not all 0, and in proportion to moderate whole numbers."""
-        if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        if not 0 < sum(weights) < math.inf or min(weights) < 0:
             raise ValueError(f"weights {list(weights)} must be at least 0, and one of them above 0")
         exact = [Fraction(str(weight)) for weight in weights]
         whole = [int(weight * math.lcm(*(w.denominator for w in exact))) for weight in exact]

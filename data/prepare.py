@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bytes, a tokenizer.json, or what transformers.AutoTokenizer loads",
     )
     parser.add_argument("--max_grid", type=int, default=64, help="most patch rows or columns of an image")
+    parser.add_argument("--video", action="store_true", help="append the tokens that bracket videos to the tokenizer")
     parser.add_argument("--patch_size", type=int, default=8, help="side of a patch in pixels, as model.patch_size")
     parser.add_argument("--min_patches", type=int, default=1, help="patches of an image at least")
     parser.add_argument("--max_patches", type=int, default=1024, help="patches of an image at most")
@@ -120,6 +121,7 @@ def begin(arguments: argparse.Namespace) -> Iterator[tuple[Job, list[Unit]]]:
     if arguments.image_folder and not os.path.isdir(arguments.image_folder):
         raise ValueError(f"{arguments.image_folder}: no such folder")
     tokenizer = Tokenizer.named(arguments.tokenizer, arguments.max_grid)
+    tokenizer = tokenizer.with_video() if arguments.video else tokenizer
     columns = load_columns(arguments.columns) if arguments.columns else None
     job = Job(arguments.out, tokenizer, arguments.patch_size, arguments.min_patches, arguments.max_patches, columns,
               arguments.image_folder, arguments.decode)  # fmt: skip
@@ -384,7 +386,7 @@ def measure(raw: RawDocument, decode: bool) -> Document:
             height, width = load_image(segment.data).shape[:2] if decode else image_size(segment.data)
         except ValueError as error:
             raise ValueError(f"segment {number}: {error}") from None
-        segments.append(Image(height, width, None, segment.learn))
+        segments.append(Image(height, width, None, segment.learn, segment.frame))
     return Document(tuple(segments), raw.id, raw.source)
 
 
@@ -392,11 +394,11 @@ def make_row(raw: RawDocument, encoder: Encoder, decode: bool) -> dict[str, Any]
     """A document as a row of SCHEMA, without its empty texts. Raises ValueError for an image that cannot be read."""
     segments: list[Text | Image] = []
     rows = []
-    empty = dict.fromkeys(("text", "ids", "image", "height", "width"))
+    empty = dict.fromkeys(("text", "ids", "image", "height", "width", "frame"))
     for given, segment in zip(raw.segments, measure(raw, decode).segments, strict=True):
         if isinstance(segment, Image) and isinstance(given, RawImage):
             segments.append(segment)
-            rows.append({"image": given.data, "height": segment.height, "width": segment.width})
+            rows.append({"image": given.data, "height": segment.height, "width": segment.width, "frame": segment.frame})
         elif isinstance(segment, Text) and segment.text:
             ids = encoder.tokenizer.encode_array(segment.text)
             segments.append(Text(segment.text, segment.learn, ids))

@@ -16,6 +16,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 _NAMES = ("pad", "bos", "eos", "boi", "eoi", "patch")
+# Behind all others and only where asked for, so that the ids of tokenizers without them are the same.
+_VIDEO_NAMES = ("bov", "eov")
 
 
 def _byte_alphabet() -> list[str]:
@@ -30,7 +32,8 @@ class Tokenizer:
     """A Hugging Face `tokenizers.Tokenizer` that has Ropeway's special tokens.
 
     Attributes `pad, bos, eos, boi, eoi, patch` are the ids of `<|pad|>` ... `<|patch|>`. `<|rows:h|>` and `<|cols:w|>`
-    for h, w = 1..max_grid have the consecutive ids `first_row + h - 1` and `first_col + w - 1`.
+    for h, w = 1..max_grid have the consecutive ids `first_row + h - 1` and `first_col + w - 1`. `bov` and `eov` are the
+    ids of the brackets of a video, None where the tokenizer has none.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -52,9 +55,14 @@ class Tokenizer:
         self.max_grid = row_count
         self.vocab_size = max(vocabulary.values()) + 1
         sizes = [first + n for first in (self.first_row, self.first_col) for n in range(self.max_grid)]
-        self._specials = frozenset([*(vocabulary[f"<|{name}|>"] for name in _NAMES), *sizes])
+        self.bov, self.eov = (vocabulary.get(f"<|{name}|>") for name in _VIDEO_NAMES)
+        if (self.bov is None) != (self.eov is None):
+            raise ValueError("tokenizer has one of <|bov|> and <|eov|>; it needs both or none")
+        named = [vocabulary[token] for name in (*_NAMES, *_VIDEO_NAMES) if (token := f"<|{name}|>") in vocabulary]
+        self._specials = frozenset([*named, *sizes])
         self._is_bytes = _is_plain_bytes(inner)
-        if not self._specials.isdisjoint(self._inner_ids(" ".join(f"<|{name}|>" for name in (*_NAMES, "rows:1")))):
+        typed = " ".join(f"<|{name}|>" for name in (*_NAMES, *_VIDEO_NAMES, "rows:1"))
+        if not self._specials.isdisjoint(self._inner_ids(typed)):
             raise ValueError("tokenizer turns the text '<|bos|>' into a control token; use a byte-level BPE model")
 
     @classmethod
@@ -65,6 +73,13 @@ class Tokenizer:
         names = [*_NAMES, *(f"{axis}:{size}" for axis in ("rows", "cols") for size in range(1, max_grid + 1))]
         inner.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names])
         return cls(inner)
+
+    def with_video(self) -> Tokenizer:
+        """The tokenizer with the brackets of a video, appended where there are none."""
+        tokens = [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in _VIDEO_NAMES]
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.add_special_tokens(tokens)
+        return Tokenizer(inner)
 
     @classmethod
     def bytes(cls, max_grid: int = 64) -> Tokenizer:
@@ -223,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_input(train, KINDS)
     train.add_argument("--vocab_size", type=int, required=True, help="text ids at most: 256 bytes, then merges")
     train.add_argument("--max_grid", type=int, default=64, help="most patch rows or columns of an image")
+    train.add_argument("--video", action="store_true", help="with the tokens that bracket the frames of a video")
     train.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
     arguments = parser.parse_args(argv)
     try:
@@ -238,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         texts = (segment.text for document in documents for segment in document.segments if isinstance(segment, Text))
         tokenizer = Tokenizer.train(texts, arguments.vocab_size, arguments.max_grid)
+        tokenizer = tokenizer.with_video() if arguments.video else tokenizer
         partial = f"{arguments.out}.tmp"
         tokenizer.save(partial)
         os.replace(partial, arguments.out)

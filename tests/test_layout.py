@@ -42,6 +42,7 @@ OPTIONAL = {
     "transformers",
     "transfusion_pytorch",
     "triton",
+    "webdataset",
 }
 
 

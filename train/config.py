@@ -106,7 +106,8 @@ class StageSection:
     weights: dict[str, float] = field(default_factory=dict)
     """Weights by the names of the sources in the log; sources that are not named are not read in this stage."""
     max_patches: int | None = None
-    """data.max_patches of the stage. Its sources begin anew, in another order; prepared ones are bound to theirs."""
+    """data.max_patches of the stage. Its sources begin anew, in another order; of prepared sets name those in `weights`
+    that were prepared with it."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ class DataSection:
     stages: list[StageSection] = field(default_factory=list)
     """Later parts of the run with other weights or another resolution, in order of their first steps."""
     tokenizer: str = "bytes"
-    """bytes, or the path of a tokenizer.json."""
+    """bytes, a tokenizer.json, or what transformers.AutoTokenizer loads (extra `hf`)."""
     max_grid: int = 64
-    """Most patch rows or columns that the bytes tokenizer can announce."""
+    """Most patch rows or columns that can be announced, where the tokenizer has no tokens for them yet."""
     min_patches: int = 1
     """Patches of an image at least; smaller images are enlarged."""
     max_patches: int = 1024
@@ -306,9 +307,10 @@ class Config:
         for stage in data.stages:
             if stage.weights and not any(weighted):
                 raise ValueError(f"the stage from step {stage.from_step} has weights; give every source of data one")
-        if "vq" in self.model.layer_kinds and self.model.vq.window < data.max_patches:
+        most = max(data.max_patches, *(stage.max_patches or 0 for stage in data.stages), 0)
+        if "vq" in self.model.layer_kinds and self.model.vq.window < most:
             raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "
-                             f"{data.max_patches}, for all patches of an image to see each other in place")  # fmt: skip
+                             f"{most}, for all patches of an image to see each other in place")  # fmt: skip
         if data.shapes:
             for height, width in data.shapes.canvases:
                 if height % self.model.patch_size or width % self.model.patch_size:

@@ -1,5 +1,6 @@
 """`python -m train.inspect --config FILE`: a row or a document as the model sees it, slot by slot, and its pictures."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -111,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly, as other commands
     main()

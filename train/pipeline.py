@@ -1,11 +1,14 @@
 """From the configuration to batches: tokenizer, sources, the mixture of packed rows, and a rank's share of them."""
 
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.encode import Encoder
@@ -26,8 +29,8 @@ _ROW_SEED, _STAGE_SEED = 17, 18  # beside the uses of hashes in data/
 
 
 def make_tokenizer(data: DataSection) -> Tokenizer:
-    """The bytes tokenizer, or one from a file. Raises ValueError for a file that does not serve."""
-    return Tokenizer.bytes(data.max_grid) if data.tokenizer == "bytes" else Tokenizer.load(data.tokenizer)
+    """See `Tokenizer.named`."""
+    return Tokenizer.named(data.tokenizer, data.max_grid)
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -89,13 +92,15 @@ def make_mixture(config: Config, encoder: Encoder, split: Split) -> Mixture:
         max_patches = stage.max_patches or data.max_patches
         weighted = []
         for name, (weight, sources) in groups.items():
+            weight = stage.weights.get(name, 0.0) if stage.weights else weight
+            if weight == 0:  # It may be prepared for the patches of another stage.
+                continue
             if (name, max_patches) not in streams:
                 # Another resolution begins with another order: what was read last must not come first.
                 stage_seed = int(hash_ids(np.array([number]), _STAGE_SEED, seed)[0]) if number else seed
                 own = Encoder(encoder.tokenizer, encoder.patch_size, data.min_patches, max_patches)
                 streams[name, max_patches] = Stream(sources, own, data.row_length, stage_seed, data.condition_dropout,
                                                     data.picture_first)  # fmt: skip
-            weight = stage.weights.get(name, 0.0) if stage.weights else weight
             weighted.append((streams[name, max_patches], weight))
         stages.append((stage.from_step * data.rows_per_step, weighted))
     return Mixture(stages)
@@ -110,9 +115,49 @@ class Step:
     replaced: list[str]
     """Why which documents could not be read and were replaced."""
 
-    def pin_memory(self) -> "Step":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Step":
+        """The step with every tensor changed."""
+        return replace(self, batches=[batch.map(change) for batch in self.batches])
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A step on its way from a worker, all its tensors as one: each tensor that a process hands to another costs a
+    connection of its own, and a step has a dozen."""
+
+    outline: Step
+    """The step with tensors that have shapes and types alone (on the device `meta`)."""
+    content_N: Tensor
+    """uint8: what is in them, one behind the other."""
+
+    @classmethod
+    def wrap(cls, step: Step) -> "Parcel":
+        parts: list[Tensor] = []
+
+        def put(tensor: Tensor) -> Tensor:
+            flat_N = tensor.flatten().view(torch.uint8)
+            parts.extend([flat_N, flat_N.new_zeros(-len(flat_N) % 8)])  # The next one may be of a wider type.
+            return tensor.to("meta")
+
+        outline = step.map(put)
+        # Where the other process can read it, so that it is not copied once more.
+        content_N = torch.empty(sum(map(len, parts)), dtype=torch.uint8).share_memory_()
+        return cls(outline, torch.cat(parts, out=content_N))
+
+    def unwrap(self) -> Step:
+        """The step, its tensors being views of `content_N`."""
+        end = 0
+
+        def take(shell: Tensor) -> Tensor:
+            nonlocal end
+            start, end = end, end + shell.nbytes + -shell.nbytes % 8
+            return self.content_N[start : start + shell.nbytes].view(shell.dtype).view(shell.shape)
+
+        return self.outline.map(take)
+
+    def pin_memory(self) -> "Parcel":
         """A copy that a GPU can fetch by itself (the DataLoader calls this)."""
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+        return replace(self, content_N=self.content_N.pin_memory())
 
 
 class StepRows(Dataset):
@@ -187,16 +232,31 @@ def load(rows: StepRows, first: int, last: int, workers: int, pin: bool = False)
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
+        collate_fn=Parcel.wrap,  # type: ignore[arg-type]  # without a batch size it gets the item itself
         worker_init_fn=_leave_signals_to_the_loop,
     )
     batches = iter(loader)
     try:
-        yield from batches
+        if not workers:
+            yield from iter(lambda: _take(batches), None)
+            return
+        # A thread takes over the next step while this one is computed: the training process waits for nothing.
+        with ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(_take, batches)
+            while step := following.result():
+                following = ahead.submit(_take, batches)
+                yield step
     except (ValueError, OSError) as error:  # from a worker it brings the worker's traceback along, the message last
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
     finally:
         if workers:  # The end of the process would wait for them for ever: they ignore the signal that ends them.
             batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _take(parcels: Iterator[Parcel]) -> Step | None:
+    """The next step, None at the end."""
+    parcel = next(parcels, None)
+    return parcel.unwrap() if parcel else None
 
 
 def _leave_signals_to_the_loop(_: int) -> None:

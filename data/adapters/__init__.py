@@ -38,6 +38,8 @@ class RawImage:
 
     data: bytes
     learn: bool = True
+    frame: int = 0
+    """In a video, as `data.document.Image.frame`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Unit:
     root: str
     """Real path of the folder that no image path may leave."""
     start: int = 0
-    """First byte (jsonl, csv), row group (parquet) or row (hf)."""
+    """First byte (jsonl, csv), row group (parquet) or row (hf; of a stream the number of a file)."""
     stop: int | None = None
     """The end, not included; None: that of the file."""
     first: int = 1
@@ -238,7 +240,7 @@ def _document(
         size += len(data)
         if size > MAX_DOCUMENT_BYTES:
             raise ValueError(f"its images are more than {MAX_DOCUMENT_BYTES} bytes")
-        segments.append(RawImage(data, segment.learn))
+        segments.append(RawImage(data, segment.learn, segment.frame))
     if not any(isinstance(segment, RawImage) or segment.text for segment in segments):
         raise ValueError("holds neither text nor image")
     return RawDocument(path, where, tuple(segments), id, source)

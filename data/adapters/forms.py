@@ -38,6 +38,11 @@ class Columns:
     id: str | None = None
     dataset: dict[str, Any] | None = None
 
+    @property
+    def streaming(self) -> bool:
+        """Whether the dataset is read from where it is, file by file, rather than fetched as a whole first."""
+        return bool((self.dataset or {}).get("streaming"))
+
     def local_folder(self) -> str | None:
         """The local folder that the dataset is read from, if it is one; image paths may lie in it."""
         names = [str((self.dataset or {}).get(key, "")) for key in ("data_dir", "path")]
@@ -63,9 +68,12 @@ def load_columns(path: str) -> Columns:
         if len(kinds) != 1 or not set(part) <= {kinds[0], "learn"} or not isinstance(part.get("learn", True), bool):
             raise ValueError(f"{path}: expected `text: COLUMN` or `image: COLUMN`, and optionally `learn`, got {part}")
         columns.append(Column(part[kinds[0]], kinds[0] == "image", part.get("learn", True)))
-    dataset, known = content.get("dataset"), {"path", "name", "split", "revision", "data_dir", "data_files"}
+    dataset = content.get("dataset")
+    known = {"path", "name", "split", "revision", "data_dir", "data_files", "streaming"}
     if dataset is not None and (not isinstance(dataset, dict) or "path" not in dataset or not set(dataset) <= known):
         raise ValueError(f"{path}: `dataset` must hold `path`; known are {', '.join(sorted(known))}")
+    if not isinstance((dataset or {}).get("streaming", False), bool):
+        raise ValueError(f"{path}: `streaming` must be true or false")
     if not isinstance(content.get("id", ""), str):
         raise ValueError(f"{path}: `id` must name a column")
     return Columns(tuple(columns), content.get("id"), dataset)

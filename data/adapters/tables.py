@@ -71,11 +71,15 @@ def load_dataset(columns: Columns, path: str) -> Any:
         dataset = datasets.load_dataset(**{"split": "train", **columns.dataset})
     except Exception as error:  # every builder has its own
         raise ValueError(f"{path}: the dataset cannot be loaded: {' '.join(str(error).split())}") from None
+    if dataset.column_names is None:  # A stream whose columns show in its rows; each row is checked.
+        return dataset
     missing = [part.name for part in columns.parts if part.name not in dataset.column_names]
     if missing:
         raise ValueError(f"{path}: there is no column {missing[0]!r}; there are {', '.join(dataset.column_names)}")
+    if columns.streaming:
+        dataset = dataset.decode(False)
     encoded = datasets.Image(decode=False)
-    for part in columns.parts:
+    for part in [] if columns.streaming else columns.parts:
         feature = dataset.features[part.name]
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(part.name, encoded)
@@ -86,13 +90,19 @@ def load_dataset(columns: Columns, path: str) -> Any:
 
 
 def divide_dataset(columns: Columns, path: str, documents: int) -> list[Part]:
-    """Ranges of `documents` rows."""
+    """Ranges of `documents` rows; the files of a stream."""
+    if columns.streaming:
+        return [(number, number + 1, 1) for number in range(load_dataset(columns, path).num_shards)]
     rows = len(load_dataset(columns, path))
     return [(start, min(start + documents, rows), start + 1) for start in range(0, rows, documents)]
 
 
 def dataset_records(columns: Columns, path: str, start: int, stop: int | None) -> Found:
-    """The rows of a range."""
+    """The rows of a range, or of a file of a stream."""
     dataset = load_dataset(columns, path)
+    if columns.streaming:
+        for number, row in enumerate(dataset.shard(dataset.num_shards, start), 1):
+            yield f"file {start + 1}, row {number}", row
+        return
     for index in range(start, len(dataset) if stop is None else stop):
         yield f"row {index + 1}", dataset[index]

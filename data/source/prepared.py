@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from data.document import Document, Image, Text
 from data.encode import Encoder
-from data.image import load_image
+from data.image import fit_grid, load_image
 from data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
                         ("height", pa.int32()),  # in pixels, EXIF orientation applied
                         ("width", pa.int32()),
                         ("learn", pa.bool_()),
+                        ("frame", pa.int32()),  # of an image: data.document.Image.frame; sets made earlier lack it
                     ]
                 )
             ),
@@ -60,6 +61,7 @@ class Prepared:
         self.name = self.path.resolve().name
         manifest = self._read_manifest()
         self.options: dict[str, Any] = manifest["options"]
+        self._grid = tuple(self.options[name] for name in ("patch_size", "min_patches", "max_patches", "max_grid"))
         self._files: list[str] = [shard["file"] for shard in manifest["shards"]]
         self._first_batch = np.cumsum([0, *(shard["batches"] for shard in manifest["shards"])])
         self._documents: int = manifest["documents"]
@@ -69,7 +71,10 @@ class Prepared:
         return self._documents
 
     def document(self, index: int, pixels: bool = True) -> Document:
-        """Document `index`, its texts with their ids. Raises ValueError naming it where an image cannot be decoded."""
+        """Document `index`, its texts with their ids, and its pixels in the size of their patch grid.
+
+        Raises ValueError naming it where an image cannot be decoded.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: document {index} of {len(self)}")
         batch = int(np.searchsorted(self._batches, index, side="right")) - 1
@@ -79,23 +84,24 @@ class Prepared:
         id, source = rows.column("id")[row].as_py(), rows.column("source")[row].as_py()
         parts = rows.column("segments")[row].values
         texts, ids, images, heights, widths, learns = (parts.field(name) for name in _FIELDS)
+        frames = parts.field("frame") if parts.type.get_field_index("frame") >= 0 else None
         segments: list[Text | Image] = []
         for k in range(len(parts)):
             learn = learns[k].as_py()
             if not images[k].is_valid:
                 segments.append(Text(texts[k].as_py(), learn, ids[k].values.to_numpy()))
                 continue
-            height, width = heights[k].as_py(), widths[k].as_py()
-            array = None
-            if pixels:
-                try:
-                    array = load_image(images[k].as_py())
-                    if array.shape[:2] != (height, width):
-                        raise ValueError(f"is {array.shape[0]} x {array.shape[1]} pixels, not {height} x {width}")
-                except ValueError as error:
-                    where = f"{self.path}: document {index} ({id!r}): segment {k + 1}"
-                    raise ValueError(f"{where}: {error}") from error
-            segments.append(Image(height, width, array, learn))
+            size = heights[k].as_py(), widths[k].as_py()
+            frame = frames[k].as_py() if frames is not None else 0
+            if not pixels:
+                segments.append(Image(*size, None, learn, frame))
+                continue
+            try:
+                array = load_image(images[k].as_py(), partial(self._fit, size))
+            except ValueError as error:
+                where = f"{self.path}: document {index} ({id!r}): segment {k + 1}"
+                raise ValueError(f"{where}: {error}") from error
+            segments.append(Image(array.shape[0], array.shape[1], array, learn, frame))
         return Document(tuple(segments), id, source)
 
     def check(self, encoder: Encoder) -> None:
@@ -107,6 +113,14 @@ class Prepared:
                 )
         if Tokenizer.load(self.path / "tokenizer.json").inner.to_str() != encoder.tokenizer.inner.to_str():
             raise ValueError(f"{self.path}: was prepared with another tokenizer; use {self.path / 'tokenizer.json'}")
+
+    def _fit(self, expected: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+        """The pixels of the patch grid of an image."""
+        if (height, width) != expected:
+            raise ValueError(f"is {height} x {width} pixels, not {expected[0]} x {expected[1]}")
+        size, fewest, most, max_grid = self._grid
+        rows, cols = fit_grid(height, width, size, fewest, most, max_grid)
+        return rows * size, cols * size
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"

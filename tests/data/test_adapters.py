@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -146,7 +148,7 @@ def test_forms_and_their_rejections(tmp_path) -> None:
         ({"text": None}, ["no known form has the keys text; name the columns with --columns"]),
         ({"a": 1, "b": 2}, ["no known form has the keys a, b; name the columns with --columns"]),
         ({"segments": [{"text": "x", "lern": 1}]}, [
-            "document: segment 1: unknown key 'lern'; known are image, learn, text"]),
+            "document: segment 1: unknown key 'lern'; known are image, learn, text, video"]),
         ({"text": 5}, ["'text' must be text, got int"]),
         ({"image": 5}, ["segment 1: an image must be a path or the bytes of a file, not int"]),
         ({"text": "x", "image": "b.png"}, ["segment 2: b.png: no such file"]),
@@ -291,3 +293,49 @@ def test_the_raw_image_is_the_file(tmp_path) -> None:
         s.data for item in found if isinstance(item, RawDocument) for s in item.segments if isinstance(s, RawImage)
     ]
     assert images == [(SAMPLES / "pictures" / name).read_bytes() for name in ("0.png", "1.jpg", "2.png")]
+
+
+def test_a_streamed_dataset_is_what_the_loaded_one_is(tmp_path, monkeypatch) -> None:
+    """Three files of a local dataset through the streaming API, also when it is stopped between two of them."""
+    for number in range(3):
+        rows = [{"n": f"{number}-{k}", "t": f"text {k}", "i": {"bytes": (SAMPLES / "pictures/0.png").read_bytes()}}
+                for k in range(4)]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet")
+    files = json.dumps([str(tmp_path / f"{number}.parquet") for number in range(3)])
+    for name, streaming in (("loaded", "false"), ("streamed", "true")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"dataset: {{path: parquet, data_files: {files}, streaming: {streaming}}}\n"
+            "segments: [{text: t}, {image: i, learn: false}]\nid: n\n"
+        )
+
+    def options(name: str, out: str) -> list[str]:
+        return ["--input", str(tmp_path / f"{name}.yaml"), "--out", str(tmp_path / out), "--workers=0"]
+
+    for name in ("loaded", "streamed"):
+        prepare.main(options(name, name))
+    loaded, streamed = Prepared(tmp_path / "loaded"), Prepared(tmp_path / "streamed")
+    assert len(streamed) == len(loaded) == 12
+    assert [streamed.document(k) for k in range(12)] == [loaded.document(k) for k in range(12)]
+    assert [document.id for document in map(streamed.document, (0, 4, 11))] == ["0-0", "1-0", "2-3"]
+    assert len(list((tmp_path / "streamed/shards").iterdir())) == 3
+
+    stop = prepare.make_shard
+
+    def once(job, unit, number, *rest) -> None:
+        if number == 1:
+            raise OSError("stopped")
+        stop(job, unit, number, *rest)
+
+    monkeypatch.setattr(prepare, "make_shard", once)
+    with pytest.raises(SystemExit):
+        prepare.main(options("streamed", "again"))
+    monkeypatch.undo()
+    prepare.main(options("streamed", "again"))
+    for file in ("lengths.npy", "statistics.json", *(f"shards/0000{k}.arrow" for k in range(3))):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes()
+
+
+def test_streaming_is_true_or_false(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("dataset: {path: parquet, streaming: 1}\nsegments: [{text: t}]\n")
+    with pytest.raises(ValueError, match="`streaming` must be true or false"):
+        load_columns(str(tmp_path / "a.yaml"))

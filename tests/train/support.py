@@ -17,6 +17,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image as Picture
+
+from data import prepare
+
 TIMEOUT = 120  # seconds for any process; the machine may be busy
 TIMINGS = ("slots_per_second", "patches_per_second", "gflops_per_second", "step_seconds", "data_wait_percent")
 
@@ -131,3 +136,18 @@ def assert_one_line(result: Result, status: int, *words: str) -> None:
     for word in words:
         assert word in lines[0], (word, result.err)
     assert result.out == ""
+
+
+def resolutions(tmp_path: Path) -> list[str]:
+    """Arguments of a run that reads the same pictures with at most 4 patches, and from step 3 on with up to 16."""
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        Picture.fromarray(rng.integers(0, 256, (32, 24 + 8 * (k % 2), 3), np.uint8)).save(tmp_path / f"{k}.png")
+    documents = [{"id": str(k), "segments": [{"text": f"t{k}"}, {"image": f"{k}.png"}]} for k in range(40)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name, most in (("low", 4), ("high", 16)):
+        prepare.main(["--input", str(tmp_path / "raw.jsonl"), "--out", str(tmp_path / name), "--max_grid=8",
+                      "--patch_size=8", f"--max_patches={most}", "--workers=0"])  # fmt: skip
+    return [*TINY, "--data.shapes=null", "--data.max_patches=4",
+            f"--data.prepared=[{{path: {tmp_path}/low, weight: 1}}, {{path: {tmp_path}/high, weight: 0}}]",
+            "--data.stages=[{from_step: 3, weights: {high: 1}, max_patches: 16}]"]  # fmt: skip

@@ -108,3 +108,14 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "<|patch|>[4,4 of 4x4]" in done.stdout
     assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+    """`... | head` closes the pipe before all is written."""
+    command = [sys.executable, "-m", "train.inspect", "--config", "configs/quickstart.yaml", "--data.row_length=4096"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -17,7 +17,7 @@ from data.document import Document
 from data.encode import Encoder, drop_condition
 from data.source.shapes import Shapes
 from model.batch import Batch
-from tests.train.support import TINY
+from tests.train.support import TINY, resolutions
 from train import pipeline, settings
 from train.config import Config, DataSection, DigitsSection, EngineSection, FilesSection
 from train.pipeline import Step, StepRows, balance
@@ -91,6 +91,30 @@ def test_loader_gives_the_steps_in_order(workers: int) -> None:
     assert len(loaded) == 5
     for step, found in zip(range(2, 7), loaded, strict=True):
         assert_same(joined(found), joined(rows[step]))
+
+
+@pytest.mark.parametrize("sources", [["--data.text.max_bytes=90", "--data.shapes=null"], []])
+def test_a_step_travels_whole(sources: list[str]) -> None:
+    """Also without any patch, and where the bytes of one tensor end in the middle of a word of the next."""
+    config = settings.parse([*TINY, "--data.rows_per_step=3", "--data.row_length=95", *sources])[0]
+    step = replace(make(config)[1], replaced=["one"])
+    parcel = pipeline.Parcel.wrap(step)
+    assert all(tensor.device.type == "meta" for tensor in parts(parcel.outline))
+    arrived = pipeline.Parcel(parcel.outline, parcel.content_N.clone()).unwrap()
+    assert len(parts(arrived)) > 10
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(parts(arrived), parts(step), strict=True))
+    assert arrived.replaced == ["one"]
+    assert [batch.seed_B for batch in arrived.batches] == [batch.seed_B for batch in step.batches]
+    assert [b.documents.squared_lengths for b in arrived.batches] == [b.documents.squared_lengths for b in step.batches]
+
+
+def parts(step: Step) -> list[torch.Tensor]:
+    """Every tensor of a step."""
+    found: list[torch.Tensor] = []
+    for batch in step.batches:
+        found += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        found += [tensor for group in batch.documents.groups for tensor in (group.slot_GL, group.valid_GL)]
+    return found
 
 
 def test_a_step_that_cannot_be_split_is_refused() -> None:
@@ -259,6 +283,31 @@ def test_stages_change_weights_and_resolution() -> None:
                     for at in (0, 16))  # fmt: skip
     assert first is not later
     assert first.seed != later.seed
+
+
+def test_prepared_sets_of_two_resolutions_one_after_the_other(tmp_path: Path) -> None:
+    arguments = resolutions(tmp_path)
+    config = settings.parse(arguments)[0]
+    rows = make(config)
+    grids = [[int((batch.rows_BS * batch.cols_BS).max()) for batch in rows[step].batches] for step in range(6)]
+    assert [set(found) <= {1, 2, 3, 4} for found in grids] == [True] * 3 + [False] * 3
+    assert max(max(found) for found in grids) == 16
+    # What a process reads does not depend on where it began, nor on the number of ranks.
+    for step in (2, 3, 5):
+        assert_same(joined(rows[step]), joined(make(config)[step]))
+        assert_same(joined(rows[step]), joined(*(make(config, rank, 2)[step] for rank in (0, 1))))
+    seen = rows.mixture.seen(6 * config.data.rows_per_step)
+    assert seen["low"].documents > 0 < seen["high"].documents
+    assert rows.mixture.seen(3 * config.data.rows_per_step)["high"].documents == 0
+    # A set is still refused where it is read with other patches than it was prepared for.
+    wrong = settings.parse([*arguments[:-1], "--data.stages=[{from_step: 3, weights: {low: 1}, max_patches: 16}]"])[0]
+    with pytest.raises(ValueError, match="low: was prepared with max_patches 4, the run has 16"):
+        make(wrong)
+
+
+def test_no_weight_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be at least 0, and one of them above 0"):
+        make(settings.parse([*TINY, "--data.shapes.weight=0"])[0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image as Picture
 
-from tests.train.support import TIMEOUT, TINY, Command, assert_one_line, metrics, ranks, start
+from tests.train.support import TIMEOUT, TINY, Command, assert_one_line, metrics, ranks, resolutions, start
 from train import checkpoint, settings
 from train.checkpoint import Checkpoint
 
@@ -293,3 +293,13 @@ def test_torchrun(tmp_path: Path, straight: Path) -> None:
     assert "2 process(es)" in done.stderr
     for line, wanted in zip(metrics(run), metrics(straight), strict=True):
         assert line["loss/text"] == pytest.approx(wanted["loss/text"], rel=1e-5)
+
+
+def test_a_run_over_two_resolutions_resumes_exactly(tmp_path: Path) -> None:
+    """Stopped before, at and after the step at which the larger pictures begin."""
+    (tmp_path / "data").mkdir()
+    arguments = [argument for argument in resolutions(tmp_path / "data") if argument not in TINY]
+    train(tmp_path / "straight", *arguments)
+    for stop in (2, 3, 5, 8):
+        train(tmp_path / "pieces", *arguments, f"--run.stop_after={stop}")
+    assert_bit_equal(tmp_path / "straight", tmp_path / "pieces")
