@@ -112,14 +112,19 @@ class Ropeway(nn.Module):
         patches_ND = self.patch_embedding(patches_NP).to(x_BSD.dtype)
         return x_BSD.masked_scatter(is_patch_BS.unsqueeze(-1), patches_ND)
 
-    def angles(self, grid: Grid, slot_B: Tensor | None = None) -> Rotation:
-        """Rotary angles in float32 of every slot, or of one slot of each row."""
+    def positions(self, grid: Grid) -> Tensor:
+        """The two coordinates of every slot, (B, S, 2) float32."""
+        return LAYOUTS[self.config.positions](grid)
+
+    def rotation(self, positions_BS2: Tensor) -> Rotation:
+        """Rotary angles in float32 at some positions."""
         config = self.config
-        theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, grid.index_BS.device)
-        positions_BS2 = LAYOUTS[config.positions](grid)
-        if slot_B is not None:
-            positions_BS2 = positions_BS2[torch.arange(len(slot_B), device=slot_B.device), slot_B].unsqueeze(1)
+        theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, positions_BS2.device)
         return rotation(positions_BS2, theta_F)
+
+    def angles(self, grid: Grid) -> Rotation:
+        """Rotary angles in float32 of every slot."""
+        return self.rotation(self.positions(grid))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1."""

@@ -1,7 +1,8 @@
 """A trained head as samplers see it: a velocity on the flow path, whatever it predicts and on whichever path."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,34 +11,52 @@ from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
 from model.diffusion.head import DiffusionHead
 from model.diffusion.objective import log_variance
-from model.diffusion.path import PATHS, convert
+from model.diffusion.path import PATHS, Point, convert
+
+
+class _Moment(NamedTuple):
+    """What a straight time is to the head, whatever the patch."""
+
+    at: Point
+    embedding_1W: Tensor
 
 
 @dataclass
 class Field:
-    """The guided velocity of N patches. A head evaluation covers all streams of the guidance."""
+    """The guided velocity of N patches, the ones that began last. A head evaluation covers all streams of the guidance.
+
+    Times that were evaluated before are remembered: nothing that depends on them alone is computed again.
+    """
 
     head: DiffusionHead
     config: HeadConfig
-    condition_RW: Tensor
-    """Conditions of the N patches in the first stream, then in the second, ... (see Guidance.streams)."""
     guidance: Guidance
-    fraction_N1: Tensor
-    """The part of its image that each patch completes, (0, 1]."""
     random: Callable[[], Tensor]
     """Fresh standard normal numbers (N, P) for samplers that add noise."""
     clamp: bool = False
     """Keep the clean patch that the velocity points to within [-1, 1]."""
     learned_variance: bool = False
     """Scale the noise of a step as the head says it (objective ddpm, sampler ddpm)."""
+    _moments: dict[float, _Moment] = field(default_factory=dict)
+
+    def begin(self, condition_RW: Tensor, fraction_N1: Tensor) -> None:
+        """Turn to other patches.
+
+        condition_RW: conditions of the N patches in the first stream, then in the second, ... (see Guidance.streams).
+        fraction_N1: the part of its image that each patch completes, (0, 1].
+        """
+        self._condition_RW, self._fraction_N1 = condition_RW, fraction_N1
 
     def __call__(self, z: Tensor, time: float) -> Tensor:
         """dz/dt of the flow path at a straight time."""
-        path, streams = PATHS[self.config.path], self.guidance.streams
-        own = path.own(z.new_tensor(time))
-        at = path.at(own)
-        z_RP = (at.scale * z).repeat(streams, 1)
-        out = self.head(z_RP, own.expand(len(z_RP)), self.condition_RW).float()
+        if time not in self._moments:
+            path = PATHS[self.config.path]
+            own_1 = path.own(z.new_tensor([time]))
+            self._moments[time] = _Moment(path.at(own_1), self.head.embed_time(own_1))
+        at, embedding_1W = self._moments[time]
+        streams = self.guidance.streams
+        z_RP = at.scale * (z if streams == 1 else z.repeat(streams, 1))
+        out = self.head(z_RP, None, self._condition_RW + embedding_1W).float()
         if self.config.objective == "ddpm":
             out, spread = out.chunk(2, dim=1)
             self._spread = spread[: len(z)]
@@ -45,7 +64,7 @@ class Field:
         eps = self.config.time_eps if self.config.prediction == "eps" else 0.0
         v = convert(out, self.config.prediction, "v", z_RP, at, eps)
         v = (at.q - at.p) * z_RP + at.scale * v  # x - e
-        v = self.guidance.apply(v.chunk(streams), time, self.fraction_N1)
+        v = self.guidance.apply(v.chunk(streams), time, self._fraction_N1)
         return ((z + (1 - time) * v).clamp(-1, 1) - z) / (1 - time) if self.clamp else v
 
     def noise(self, time: float, after: float) -> Tensor:

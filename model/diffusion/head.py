@@ -70,13 +70,17 @@ class DiffusionHead(nn.Module):
         size_M = (SHORTCUTS - 1 - steps_M.float().log2().round().long()).clamp_min(0)
         return condition_MW + self.shortcut_in(size_M)
 
-    def forward(self, z_MP: Tensor, time_M: Tensor, condition_MW: Tensor) -> Tensor:
-        """One evaluation. time_M in [0, 1], 0 is noise. Returns (M, P); with learned variance (M, 2P)."""
+    def embed_time(self, time_M: Tensor) -> Tensor:
+        """What is added to the condition for times in [0, 1], 0 is noise. Returns (M, W)."""
         features = sinusoid(time_M * self.time_scale, _TIME_FEATURES)
-        # The embedding of the time stays float32 under autocast: nearby times must not collapse.
-        with torch.autocast(z_MP.device.type, enabled=False):
-            time_MW = self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
-        modulator_MW = F.silu(time_MW + condition_MW)
+        # It stays float32 under autocast: nearby times must not collapse.
+        with torch.autocast(time_M.device.type, enabled=False):
+            return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+
+    def forward(self, z_MP: Tensor, time_M: Tensor | None, condition_MW: Tensor) -> Tensor:
+        """One evaluation. time_M as in embed_time; None: the condition holds the time already. Returns (M, P); with
+        learned variance (M, 2P)."""
+        modulator_MW = F.silu(condition_MW if time_M is None else self.embed_time(time_M) + condition_MW)
         u_MW = self.patch_in(z_MP)
         for block in self.blocks:
             if self.recompute:
