@@ -1,15 +1,18 @@
 """Generation: equal to the parallel form, within the grammar, and the same pixels in every batch."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import generate as generation
 from model.attention import KINDS
+from model.attention.dense import DenseAttention
 from model.batch import Batch, to_bytes
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
@@ -505,3 +508,66 @@ def test_extreme_uniform_numbers_never_choose_a_forbidden_token() -> None:
 def test_sampling_refusals(wrong) -> None:
     with pytest.raises(ValueError, match="sampl"):
         Sampling(**wrong)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what is sent to a device: copies that name one, and new tensors of given numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        copied = function.name().startswith("aten::to") and kwargs.get("device") is not None
+        self.count += copied or function is torch.ops.aten.detach_.default  # how torch.tensor ends, in inference mode
+        return function(*args, **kwargs)
+
+
+LEAKS = {
+    "nothing": lambda hidden: None,
+    "item": lambda hidden: hidden.sum().item(),
+    "truth": lambda hidden: bool(hidden.sum() > 0),
+    "mask": lambda hidden: hidden[hidden[:, 0] > 0],
+    "download": lambda hidden: hidden.cpu(),
+    "upload": lambda hidden: torch.ones(2).to(hidden.device),
+    "numbers": lambda hidden: torch.tensor([1.0, 2.0], device=hidden.device),
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "path", "scale", "leak"),
+    [
+        *(("matching", "flow", 1.0, leak) for leak in LEAKS),
+        ("matching", "cosine", 2.0, "nothing"),
+        ("shortcut", "flow", 1.0, "nothing"),
+    ],
+)
+def test_patches_need_no_word_between_host_and_device(objective, path, scale, leak, monkeypatch) -> None:
+    """On the meta device, where nothing has a value that one could wait for; and nothing is sent per patch."""
+    draw = generation._Brush.draw
+
+    def leaking(self) -> None:  # type: ignore[no-untyped-def]
+        draw(self)
+        LEAKS[leak](self.streams.hidden_RD)
+
+    monkeypatch.setattr(generation._Brush, "draw", leaking)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    # Once per prompt, and once at the end:
+    monkeypatch.setattr(DenseAttention, "_grouped", lambda self, q, *_: torch.zeros_like(q))
+    monkeypatch.setattr(generation._Streams, "drawn", lambda self: np.zeros(self.drawn_BTP.shape, np.uint8))
+    model = build(tiny_config(head=HeadConfig(width=24, depth=2, objective=objective, path=path))).to("meta")
+
+    def sent(grid: tuple[int, int]) -> int:
+        requests = [Request(prompt_of([Words([1] * n)]), n, True, grid, max_text=0) for n in (1, 4)]
+        with Transfers() as transfers:
+            generate(model, requests, Sampling(steps=4, guidance=Guidance(scale)))
+        return transfers.count
+
+    if leak in ("nothing", "upload", "numbers"):
+        counts = sent((1, 2)), sent((3, 4))
+        assert counts[0] > 0
+        assert (counts[0] == counts[1]) == (leak == "nothing"), counts
+    else:
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            sent((1, 2))
