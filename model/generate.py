@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -28,7 +29,9 @@ from model.diffusion.field import Field
 from model.diffusion.guidance import Guidance
 from model.diffusion.path import PATHS
 from model.diffusion.sampler import GRIDS, SAMPLERS, grid_of
+from model.diffusion.sequence import SequenceHead
 from model.positions import Grid
+from model.rope import Rotation
 from model.ropeway import Ropeway
 
 _ROW_MULTIPLE = 8
@@ -150,6 +153,9 @@ def generate(
             begun = [b for b in draws if writers[b].written == 0]
             for b in begun:
                 streams.begin_image(b, writers[b])
+            if begun and model.sequence_head:
+                _paint(model, model.sequence_head, writers, begun, streams, sampling)
+                continue
             if begun or brush is None or brush.draws != draws:
                 brush = _Brush(model, writers, draws, streams, sampling)
             if draws:
@@ -190,9 +196,10 @@ class _Brush:
     def __init__(self, model: Ropeway, writers: list["_Writer"], draws: list[int], streams: "_Streams",
                  sampling: Sampling) -> None:  # fmt: skip
         self.draws, self.streams, self.sampling = draws, streams, sampling
-        self.head, config = model.diffusion_head, model.config.head
         if not draws:
             return
+        assert model.diffusion_head is not None
+        self.head, config = model.diffusion_head, model.config.head
         # Filled up for the same reason as the streams: products of few rows round differently.
         chosen = draws + draws[-1:] * (-len(draws) % _ROW_MULTIPLE)
         device = streams.hidden_RD.device
@@ -230,7 +237,7 @@ class _Brush:
         every_N = torch.arange(len(sample_N), device=sample_N.device)
         z = self.noise_NTP[every_N, ordinal_N - 1] * self.noise_scale
         z = SAMPLERS[self.sampling.sampler](self.field, z, self.times, self.field.noise)
-        streams.drawn_BTP[sample_N, streams.length_R[sample_N]] = to_bytes(z)
+        streams.patch_RTP[self.row_X, streams.length_R[self.row_X]] = to_bytes(z).repeat(len(streams.firsts), 1)
 
 
 def choose_tokens(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
@@ -248,6 +255,72 @@ def choose_tokens(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> T
     rank = (cumulative <= uniform_N[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
     last = (probability > 0).sum(-1, keepdim=True) - 1
     return order.gather(-1, torch.minimum(rank, last))[:, 0]
+
+
+@dataclass
+class _Painter:
+    """The backbone as a head: what it says about noised images, behind all that was written."""
+
+    model: Ropeway
+    head: SequenceHead
+    token_RS: Tensor
+    is_patch_RS: Tensor
+    pixels_NP: Tensor
+    """All patches; those at noised_M are replaced."""
+    noised_M: Tensor
+    slot_M: Tensor
+    """Where the noised patches are in the flattened slots."""
+    angles: Rotation
+    documents: Documents
+
+    def embed_time(self, time_1: Tensor) -> Tensor:
+        return self.head.embed_time(time_1)
+
+    def __call__(self, z_MP: Tensor, _: None, time_1D: Tensor) -> Tensor:
+        clean_1D = self.head.embed_time(z_MP.new_ones(1))
+        time_ND = clean_1D.repeat(len(self.pixels_NP), 1).index_copy(0, self.noised_M, time_1D.expand(len(z_MP), -1))
+        pixels_NP = self.pixels_NP.index_copy(0, self.noised_M, z_MP)
+        x_RSD = self.model.embed(self.token_RS, self.is_patch_RS, pixels_NP, time_ND)
+        hidden_RSD, _commit = self.model.backbone(x_RSD, self.angles, self.documents)
+        return self.head(hidden_RSD.flatten(0, 1).index_select(0, self.slot_M))
+
+
+def _paint(model: Ropeway, head: SequenceHead, writers: list["_Writer"], begun: list[int], streams: "_Streams",
+           sampling: Sampling) -> None:  # fmt: skip
+    """Draw the whole images of the samples in begun, and read them. An evaluation computes the prompts anew."""
+    device, config = streams.hidden_RD.device, model.config.head
+    counts = torch.tensor([len(streams.noise[b]) for b in begun], device=device).repeat(len(streams.firsts))
+    row_R = torch.tensor([first + b for first in streams.firsts for b in begun], device=device)
+    end_R = streams.length_R[row_R] + counts
+    slot_S = torch.arange(int(end_R.max()), device=device)
+    valid_RS = slot_S < end_R[:, None]
+    is_patch_RS = (streams.rows_RT[row_R][:, slot_S] > 0) & valid_RS
+    is_noised_RS = is_patch_RS & (slot_S >= streams.length_R[row_R, None])
+    grid = Grid(*(column[:, slot_S] for column in streams._grid(row_R)))
+    painter = _Painter(
+        model, head, streams.token_RT[row_R][:, slot_S], is_patch_RS,
+        pixels_NP=to_pixels(streams.patch_RTP[row_R][:, slot_S][is_patch_RS]),
+        noised_M=is_noised_RS[is_patch_RS].nonzero()[:, 0], slot_M=is_noised_RS.flatten().nonzero()[:, 0],
+        angles=model.rotation(streams.positions_RT2[row_R][:, slot_S]),
+        documents=model.attended(Documents.of(valid_RS.long().cpu()).to(device), grid),
+    )  # fmt: skip
+
+    def random() -> Tensor:
+        fresh = [writers[b].fresh_P() for b in begun for _ in streams.noise[b]]
+        return sampling.noise_temperature * torch.stack(fresh).to(device)
+
+    field = Field(painter, config, sampling.guidance, random, sampling.clamp)  # type: ignore[arg-type]
+    times = grid_of(sampling.grid, sampling.steps, PATHS[config.path], sampling.time_shift)
+    z = torch.cat([streams.noise[b] for b in begun]) * config.noise_scale * (1 - times[0])
+    field.begin(z.new_zeros(()), z.new_ones(len(z), 1))
+    patches_MP = to_bytes(SAMPLERS[sampling.sampler](field, z, times, field.noise)).repeat(len(streams.firsts), 1)
+    row_M, place_M = is_noised_RS.nonzero().unbind(1)
+    streams.patch_RTP[row_R[row_M], place_M] = patches_MP
+    streams.length_R[row_R] = end_R
+    for b in begun:
+        for _ in streams.noise[b]:
+            writers[b].write_patch()
+    streams.read(streams.length_R.tolist())
 
 
 class _Writer:
@@ -390,23 +463,31 @@ class _Streams:
         self.positions_RT2 = model.positions(self._grid(slice(None)))
         self.length_R = torch.tensor(lengths, device=device)
         self.every_R = torch.arange(self.rows, device=device)
-        self.drawn_BTP = torch.zeros(len(filled), total, model.config.patch_width, dtype=torch.uint8, device=device)
+        self.patch_RTP = torch.zeros(self.rows, total, model.config.patch_width, dtype=torch.uint8, device=device)
+        self.patch_RTP[self.rows_RT > 0] = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(device)
         self.noise: dict[int, Tensor] = {}
         """Of the patches of the image that each sample draws, (patches, P)."""
         self._active: list[bool] = []
-        valid = torch.arange(self.longest) < torch.tensor(lengths)[:, None]
-        patches = np.concatenate([prompt.patches for prompt in prompts])
-        patches = np.pad(patches, ((0, -len(patches) % _ROW_MULTIPLE), (0, 0)))  # embed leaves the surplus unused
-        slots = slice(0, self.longest)
-        pixels = to_pixels(torch.from_numpy(patches).to(device))
-        x_RSD = model.embed(self.token_RT[:, slots], self.rows_RT[:, slots] > 0, pixels)
+        self.read(lengths)
+
+    def read(self, lengths: list[int]) -> None:
+        """Read all that was written so far, anew. lengths: slots of every row."""
+        model, device = self.model, self.length_R.device
+        self.longest = -(-max(lengths) // KEY_MULTIPLE) * KEY_MULTIPLE
+        slots, valid = slice(0, self.longest), torch.arange(self.longest) < torch.tensor(lengths)[:, None]
+        is_patch_RS = (self.rows_RT[:, slots] > 0) & valid.to(device)
+        patches_NP = self.patch_RTP[:, slots][is_patch_RS]
+        # embed leaves the surplus unused
+        pixels_NP = to_pixels(pad(patches_NP, (0, 0, 0, -len(patches_NP) % _ROW_MULTIPLE)))
+        x_RSD = model.embed(self.token_RT[:, slots], is_patch_RS, pixels_NP)
         angles = model.rotation(self.positions_RT2[:, slots])
         documents = Documents.of(valid.long(), multiple=KEY_MULTIPLE).to(device)
-        hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, total)
+        documents = model.attended(documents, self._grid(slice(None), slots))
+        hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, self.token_RT.shape[1])
         self.hidden_RD = hidden[self.every_R, self.length_R - 1]
 
-    def _grid(self, row_X: slice | list[int]) -> Grid:
-        columns = [column[row_X] for column in (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)]
+    def _grid(self, row_X: slice | list[int] | Tensor, slots: slice = slice(None)) -> Grid:
+        columns = [column[row_X, slots] for column in (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)]
         index_XT = torch.arange(1, columns[0].shape[1] + 1, device=columns[0].device).expand_as(columns[0])
         return Grid(index_XT, *columns)
 
@@ -447,9 +528,8 @@ class _Streams:
             self._active, self.active_R = active, torch.tensor(active, device=self.length_R.device)
         x_R1D = self.model.token_embedding(self.token_RT[self.every_R, self.length_R]).unsqueeze(1)
         if draws:
-            samples = self.rows // len(self.firsts)
-            patch_BP = self.drawn_BTP[self.every_R[:samples], self.length_R[:samples]]
-            patch_R1D = self.model.patch_embedding(to_pixels(patch_BP.repeat(len(self.firsts), 1))).unsqueeze(1)
+            patch_RP = self.patch_RTP[self.every_R, self.length_R]
+            patch_R1D = self.model.patch_embedding(to_pixels(patch_RP)).unsqueeze(1)
             is_patch_R = self.rows_RT[self.every_R, self.length_R] > 0
             x_R1D = torch.where(is_patch_R[:, None, None], patch_R1D.to(x_R1D.dtype), x_R1D)
         angles = self.model.rotation(self.positions_RT2[self.every_R, self.length_R].unsqueeze(1))
@@ -460,7 +540,7 @@ class _Streams:
 
     def drawn(self) -> np.ndarray:
         """Patches by sample and slot of its first stream, (B, T, P) uint8, on the host."""
-        return self.drawn_BTP.cpu().numpy()
+        return self.patch_RTP[: self.rows // len(self.firsts)].cpu().numpy()
 
 
 def _new_slots(request: Request) -> int:

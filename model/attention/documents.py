@@ -1,6 +1,6 @@
 """Where the documents of a batch lie, so that the cost of attention follows the documents and not the row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Documents:
     groups: tuple[Group, ...]
     squared_lengths: int
     """Sum of length squared over documents, for FLOP counts."""
+    image_X: Tensor | None = None
+    """Number of the image of every flattened slot, 0 for text: given if patches shall see all of their image."""
 
     @classmethod
     def of(cls, document_BS: Tensor, multiple: int = 1) -> "Documents":
@@ -56,7 +58,12 @@ class Documents:
         return cls(tuple(groups), int((length**2).sum()))
 
     def to(self, device: torch.device | str) -> "Documents":
-        return Documents(tuple(group.to(device) for group in self.groups), self.squared_lengths)
+        return replace(self, groups=tuple(group.to(device) for group in self.groups))
 
     def pin_memory(self) -> "Documents":
-        return Documents(tuple(group.pin_memory() for group in self.groups), self.squared_lengths)
+        return replace(self, groups=tuple(group.pin_memory() for group in self.groups))
+
+    def with_images(self, row_BS: Tensor, col_BS: Tensor) -> "Documents":
+        """Patches see all of their image. row, col: 1-based place in the image, 0 for text."""
+        first_X = ((row_BS == 1) & (col_BS == 1)).flatten()
+        return replace(self, image_X=first_X.cumsum(0) * (row_BS > 0).flatten())

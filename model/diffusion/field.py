@@ -29,6 +29,7 @@ class Field:
     """
 
     head: DiffusionHead
+    """Or what does its work: embed_time, and (z, None, condition with the time) -> prediction."""
     config: HeadConfig
     guidance: Guidance
     random: Callable[[], Tensor]

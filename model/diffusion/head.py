@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import LOCATION_FEATURES, SHORTCUTS, ModelConfig
-
-_TIME_FEATURES = 256
+from model.config import LOCATION_FEATURES, SHORTCUTS, TIME_FEATURES, ModelConfig
 
 
 class DiffusionHead(nn.Module):
@@ -27,7 +25,7 @@ class DiffusionHead(nn.Module):
         self.patch_in = nn.Linear(patch, width)
         self.condition_in = nn.Linear(config.dim, width)
         self.location_in = nn.Linear(LOCATION_FEATURES, width)
-        self.time_in = nn.Linear(_TIME_FEATURES, width)
+        self.time_in = nn.Linear(TIME_FEATURES, width)
         self.time_out = nn.Linear(width, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.head.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
@@ -72,7 +70,7 @@ class DiffusionHead(nn.Module):
 
     def embed_time(self, time_M: Tensor) -> Tensor:
         """What is added to the condition for times in [0, 1], 0 is noise. Returns (M, W)."""
-        features = sinusoid(time_M * self.time_scale, _TIME_FEATURES)
+        features = sinusoid(time_M * self.time_scale, TIME_FEATURES)
         # It stays float32 under autocast: nearby times must not collapse.
         with torch.autocast(time_M.device.type, enabled=False):
             return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
