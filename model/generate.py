@@ -464,7 +464,11 @@ class _Streams:
         self.length_R = torch.tensor(lengths, device=device)
         self.every_R = torch.arange(self.rows, device=device)
         self.patch_RTP = torch.zeros(self.rows, total, model.config.patch_width, dtype=torch.uint8, device=device)
-        self.patch_RTP[self.rows_RT > 0] = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(device)
+        row_N = np.concatenate([np.full(len(prompt.patches), row) for row, prompt in enumerate(prompts)])
+        slot_N = np.concatenate([np.flatnonzero(prompt.rows) for prompt in prompts])
+        patches_NP = np.concatenate([prompt.patches for prompt in prompts])
+        row, slot, patches = (torch.from_numpy(x).to(device) for x in (row_N, slot_N, patches_NP))
+        self.patch_RTP[row, slot] = patches
         self.noise: dict[int, Tensor] = {}
         """Of the patches of the image that each sample draws, (patches, P)."""
         self._active: list[bool] = []

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import generate as generation
 from model.attention import KINDS
-from model.attention.dense import DenseAttention
+from model.attention.dense import DenseState
 from model.batch import Batch, to_bytes
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
@@ -551,10 +551,16 @@ def test_patches_need_no_word_between_host_and_device(objective, path, scale, le
         draw(self)
         LEAKS[leak](self.streams.hidden_RD)
 
+    def reading(self, lengths: list[int]) -> None:  # type: ignore[no-untyped-def]
+        self.longest, shape = 64, (len(lengths), model.config.kv_heads, 128, model.config.head_width)
+        empty = [torch.zeros(shape, device="meta") for _ in range(4)]
+        self.states = [DenseState(*empty[:2]), DenseState(*empty[2:])]
+        self.hidden_RD = torch.zeros(len(lengths), model.config.dim, device="meta")
+
     monkeypatch.setattr(generation._Brush, "draw", leaking)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
     # Once per prompt, and once at the end:
-    monkeypatch.setattr(DenseAttention, "_grouped", lambda self, q, *_: torch.zeros_like(q))
+    monkeypatch.setattr(generation._Streams, "read", reading)
     monkeypatch.setattr(generation._Streams, "drawn", lambda self: np.zeros(self.drawn_BTP.shape, np.uint8))
     model = build(tiny_config(head=HeadConfig(width=24, depth=2, objective=objective, path=path))).to("meta")
 
