@@ -561,7 +561,7 @@ def test_patches_need_no_word_between_host_and_device(objective, path, scale, le
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
     # Once per prompt, and once at the end:
     monkeypatch.setattr(generation._Streams, "read", reading)
-    monkeypatch.setattr(generation._Streams, "drawn", lambda self: np.zeros(self.drawn_BTP.shape, np.uint8))
+    monkeypatch.setattr(generation._Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
     model = build(tiny_config(head=HeadConfig(width=24, depth=2, objective=objective, path=path))).to("meta")
 
     def sent(grid: tuple[int, int]) -> int:
