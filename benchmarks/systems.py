@@ -76,7 +76,7 @@ class RopewaySystem:
 
     def __init__(self, name: str, config: ModelConfig, side: int) -> None:
         self.name, self.config, self.side = name, config, side
-        self.sampling = Sampling()
+        self.sampling, self.first_seed = Sampling(), 0
         self.settings = (
             f"learns {config.head.draws} noise draw(s) per patch; draws with {self.sampling.sampler}, "
             f"{self.sampling.steps} evaluations per patch, guidance scale {self.sampling.guidance.scale:g}"
@@ -106,7 +106,7 @@ class RopewaySystem:
     def draw(self, captions: Sequence[str]) -> np.ndarray:
         tokenizer, size = self.encoder.tokenizer, self.config.patch_size
         requests = []
-        for seed, caption in enumerate(captions):
+        for seed, caption in enumerate(captions, self.first_seed):
             token = np.array([tokenizer.bos, *tokenizer.encode(caption)])
             zero, patches = np.zeros_like(token), np.zeros((0, self.config.patch_width), np.uint8)
             prompt = Prompt(token, zero, zero, zero, zero, patches)

@@ -132,6 +132,10 @@ class ModelConfig:
     """Side of a patch in pixels."""
     patch_bottleneck: int | None = None
     """Rank of a low-rank patch embedding (JiT uses 128 or 256); default: none."""
+    image_mode: Literal["autoregressive", "transfusion"] = "autoregressive"
+    """autoregressive: patch by patch, each drawn by the diffusion head. transfusion: all patches of an image by one
+    diffusion through the backbone, within which they see each other; of `head`, what the network and its number of
+    draws are has no meaning then. What follows a learned image in training sees it noised."""
     context_noise: float = 0.0
     """Part of the documents whose learned images are shown noised to what follows them, while training. Otherwise the
     color of an object can be copied from its first patch, and hardly any patch teaches to read it in the caption."""
@@ -162,6 +166,15 @@ class ModelConfig:
             raise ValueError(f"model.output_embedding tied_half_swap needs an even model.dim, not {self.dim}")
         if self.positions not in LAYOUTS:
             raise ValueError(f"model.positions {self.positions!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+        if self.image_mode == "transfusion":
+            for name, value, wanted in (("head.objective", self.head.objective, "matching"),
+                                        ("context_noise", self.context_noise, 0)):  # fmt: skip
+                if value != wanted:
+                    raise ValueError(f"model.{name} {value} does not go with model.image_mode transfusion; "
+                                     f"choose {wanted}")  # fmt: skip
+            if "vq" in self.layer_kinds:
+                raise ValueError("model.attention vq does not go with model.image_mode transfusion, whose patches see "
+                                 "each other; choose dense")  # fmt: skip
         for kind in self.layer_kinds:
             if kind not in KINDS:
                 raise ValueError(f"model.attention {kind!r} is unknown; choose one of {', '.join(KINDS)}")
@@ -210,9 +223,11 @@ class ModelConfig:
 
     def _head_parameters(self) -> int:
         width, depth, patch = self.head.width, self.head.depth, self.patch_width
+        if self.image_mode == "transfusion":
+            return TIME_FEATURES * self.dim + self.dim + self.dim**2 + self.dim + (self.dim + 1) * patch
         blocks = depth * (5 * width**2 + 7 * width)
         final = 2 * width**2 + 2 * width + (width + 1) * patch * self.head.outputs
-        time = 256 * width + width + width**2 + width
+        time = TIME_FEATURES * width + width + width**2 + width
         if self.head.objective == "shortcut":
             time += SHORTCUTS * width
         location = LOCATION_FEATURES * width + width
@@ -236,12 +251,15 @@ class ModelConfig:
         text = text_targets * self.dim * vocabulary_size
         rank = self.patch_bottleneck
         embed = patches * (self.patch_width * rank + rank * self.dim if rank else self.patch_width * self.dim)
-        head = patch_targets * self.head.draws * self.head.evaluations * self._head_parameters()
+        draws = self.head.draws * self.head.evaluations if self.image_mode == "autoregressive" else 1
+        head = patch_targets * draws * self._head_parameters()
         return 6.0 * (backbone + attention + text + embed + head)
 
 
 SHORTCUTS = 8
 """Sizes of a shortcut: none (flow matching, which also stands for 1/128), 1/64, 1/32, ..., 1 of the way."""
+TIME_FEATURES = 256
+"""Sinusoidal features of a time."""
 LOCATION_FEATURES = 256
 """Sinusoidal features of a target patch: 64 each for row, column and the distances to the far edges."""
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.attention.codebook import Codebook
+from model.attention.documents import Documents
 from model.batch import Batch, to_pixels
 from model.config import ModelConfig, Vocabulary
 from model.diffusion.head import DiffusionHead
-from model.diffusion.objective import draw, head_loss
+from model.diffusion.objective import Case, draw, head_loss, matching
+from model.diffusion.sequence import SequenceHead
 from model.diffusion.solver import LearnedMidpoint
 from model.positions import LAYOUTS, Grid
 from model.rope import Rotation, frequencies, rotation
@@ -55,7 +58,11 @@ class Ropeway(nn.Module):
         untied = config.output_embedding == "untied"
         own = nn.Parameter(torch.empty(vocabulary.size, config.dim)) if untied else self.token_embedding.weight
         self.text_head = TextHead(own, half_swap=config.output_embedding == "tied_half_swap")
-        self.diffusion_head = DiffusionHead(config)
+        self.diffusion_head = self.sequence_head = None
+        if config.image_mode == "transfusion":
+            self.sequence_head = SequenceHead(config)
+        else:
+            self.diffusion_head = DiffusionHead(config)
         self.solver: LearnedMidpoint | None = None
         """The sampler `learned`, for models that have been given one; no part of training."""
 
@@ -87,7 +94,9 @@ class Ropeway(nn.Module):
             if self.config.output_embedding == "untied":
                 with writable(self.text_head.weight):
                     nn.init.normal_(self.text_head.weight, std=0.02)
-            self.diffusion_head.initialise(writable)
+            for head in (self.sequence_head, self.diffusion_head):
+                if head:
+                    head.initialise(writable)
             for codebook in self.codebooks().values():
                 codebook.initialise()
 
@@ -101,28 +110,43 @@ class Ropeway(nn.Module):
 
     def recompute_activations(self) -> None:
         """Keep only the inputs of blocks while training, and compute the rest again in the backward pass."""
-        self.backbone.recompute = self.diffusion_head.recompute = True
+        self.backbone.recompute = True
+        if self.diffusion_head:
+            self.diffusion_head.recompute = True
 
     def compile_blocks(self) -> None:
         """torch.compile every block of the backbone and of the diffusion head."""
-        for block in (*self.backbone.layers, *self.diffusion_head.blocks):
+        for block in (*self.backbone.layers, *(self.diffusion_head.blocks if self.diffusion_head else ())):
             block.compile()
 
-    def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor) -> Tensor:
-        """Token embeddings, with clean patches (in [-1, 1]) put into their slots in order. Returns (B, S, D)."""
+    def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor,
+              time_ND: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Token embeddings, with patches (in [-1, 1]) put into their slots in order. Returns (B, S, D).
+
+        time_ND: what the sequence head adds to noised patches; by default they are clean.
+        """
         x_BSD = self.token_embedding(token_BS)
         # With no patch in the batch this still links the patch embedding to the loss, so no rank's gradient is missing.
-        patches_ND = self.patch_embedding(patches_NP).to(x_BSD.dtype)
+        patches_ND = self.patch_embedding(patches_NP)
+        if self.sequence_head:
+            clean_1 = patches_NP.new_ones(1)
+            patches_ND = patches_ND + (self.sequence_head.embed_time(clean_1) if time_ND is None else time_ND)
+        patches_ND = patches_ND.to(x_BSD.dtype)
         return x_BSD.masked_scatter(is_patch_BS.unsqueeze(-1), patches_ND)
 
-    def angles(self, grid: Grid, slot_B: Tensor | None = None) -> Rotation:
-        """Rotary angles in float32 of every slot, or of one slot of each row."""
+    def positions(self, grid: Grid) -> Tensor:
+        """The two coordinates of every slot, (B, S, 2) float32."""
+        return LAYOUTS[self.config.positions](grid)
+
+    def rotation(self, positions_BS2: Tensor) -> Rotation:
+        """Rotary angles in float32 at some positions."""
         config = self.config
-        theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, grid.index_BS.device)
-        positions_BS2 = LAYOUTS[config.positions](grid)
-        if slot_B is not None:
-            positions_BS2 = positions_BS2[torch.arange(len(slot_B), device=slot_B.device), slot_B].unsqueeze(1)
+        theta_F = frequencies(config.head_width, config.rope_base, config.rope_frequencies, positions_BS2.device)
         return rotation(positions_BS2, theta_F)
+
+    def angles(self, grid: Grid) -> Rotation:
+        """Rotary angles in float32 of every slot."""
+        return self.rotation(self.positions(grid))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, S, D); that of slot k predicts slot k + 1."""
@@ -134,7 +158,15 @@ class Ropeway(nn.Module):
         if self.training and self.config.context_noise:
             patches_NP = self._noised_context(batch, patches_NP)
         x_BSD = self.embed(batch.token_BS, batch.rows_BS > 0, patches_NP)
-        return self.backbone(x_BSD, self.angles(batch.grid), batch.documents)
+        return self.read(x_BSD, self.angles(batch.grid), batch.documents, batch.grid)
+
+    def read(self, x_BSD: Tensor, angles: Rotation, documents: Documents, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The backbone over whole rows: hidden states, and the commitment of quantised keys."""
+        return self.backbone(x_BSD, angles, self.attended(documents, grid))
+
+    def attended(self, documents: Documents, grid: Grid) -> Documents:
+        """What attention shall know: in image mode transfusion also the images."""
+        return documents.with_images(grid.row_BS, grid.col_BS) if self.sequence_head else documents
 
     def _noised_context(self, batch: Batch, patches_NP: Tensor) -> Tensor:
         """(1 - s) patch + s noise for the patches of learned images, s uniform in (0, 1) for a part of the documents,
@@ -155,6 +187,9 @@ class Ropeway(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of a batch. Every parameter takes part, whatever kinds of targets the batch holds."""
+        if self.sequence_head:
+            return self._whole_images(batch, self.sequence_head)
+        assert self.diffusion_head is not None
         hidden_BSD, commit = self._read(batch)
         hidden_XD = hidden_BSD.flatten(0, 1)
         text_BS, image_BS = batch.targets()
@@ -170,6 +205,35 @@ class Ropeway(nn.Module):
         image_M = head_loss(self.diffusion_head, hidden_XD.index_select(0, image_slot), location_N4, x_NP, draws, head)
         by_time = _by_time(image_M.detach(), draws.time_M1[:, 0])
         return Losses(text_N.sum(), image_M.sum() / head.draws, by_time, commit)
+
+    def _whole_images(self, batch: Batch, head: SequenceHead) -> Losses:
+        """Loss sums where images are one diffusion inside the backbone: one time and one noise for each image that is
+        learned. The others are clean."""
+        text_BS, image_BS = batch.targets()
+        config = replace(self.config.head, draws=1)
+        is_patch_BS = batch.rows_BS > 0
+        is_learned_N = batch.learn_BS[is_patch_BS]
+        learned_M, slot_M = is_learned_N.nonzero()[:, 0], (is_patch_BS & batch.learn_BS).flatten().nonzero()[:, 0]
+        clean_NP = to_pixels(batch.patches_NP)
+        draws = draw(image_BS.sum(1).tolist(), list(batch.seed_B), self.config.patch_width, config, clean_NP.device)
+        first_M = ((batch.row_BS == 1) & (batch.col_BS == 1)).flatten()[slot_M]
+        image_M = first_M.cumsum(0) - 1
+        draws = draws._replace(time_M1=draws.time_M1[first_M][image_M])
+        hidden_XD: Tensor
+
+        def says(z_MP: Tensor, time_M: Tensor, _: Tensor) -> Tensor:
+            nonlocal hidden_XD
+            time_N = torch.ones_like(clean_NP[:, 0]).index_copy(0, learned_M, time_M)
+            noised_NP = clean_NP.index_copy(0, learned_M, z_MP)
+            x_BSD = self.embed(batch.token_BS, is_patch_BS, noised_NP, head.embed_time(time_N))
+            hidden_XD = self.read(x_BSD, self.angles(batch.grid), batch.documents, batch.grid)[0].flatten(0, 1)
+            return head(hidden_XD.index_select(0, slot_M))
+
+        case = Case(says, clean_NP.new_zeros(()), clean_NP[learned_M], draws, config, says)  # type: ignore[arg-type]
+        image_M = matching(case)
+        text_slot = text_BS.flatten().nonzero()[:, 0]
+        text_N = self.text_head(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
+        return Losses(text_N.sum(), image_M.sum(), _by_time(image_M.detach(), draws.time_M1[:, 0]))
 
 
 def _by_time(loss_M: Tensor, time_M: Tensor) -> Tensor:

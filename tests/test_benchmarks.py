@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import report
 from benchmarks.__main__ import main, names
+from benchmarks.generation import fastest
 from benchmarks.peers import MODEL, cpu_seconds, series, summarise
 from benchmarks.systems import AutoregressiveSystem, RopewaySystem, System, TransfusionSystem, caption_of, count
 from data.source.digits import Digits
@@ -118,3 +119,18 @@ def test_ratio_is_taken_round_by_round() -> None:
 
 def test_cpu_seconds_leaves_out_waiting() -> None:
     assert cpu_seconds(lambda: time.sleep(0.3)) < 0.2
+
+
+def test_equal_quality_is_no_worse_and_fastest() -> None:
+    def row(name: str, rate: float, distance: float) -> report.Row:
+        return {"system": name, "images_per_cpu_second": rate, "frechet_distance": distance}
+
+    peer, slow, fast, worse = (
+        row("peer", 1, 5.0),
+        row("Ropeway, 4 steps", 4, 4.0),
+        row("Ropeway, 2 steps", 8, 5.0),
+        row("Ropeway, 1 step", 16, 6.0),
+    )
+    first = row("Ropeway, first version", 100, 1.0)
+    assert fastest(peer, [peer, slow, fast, worse, first]) is fast
+    assert fastest(first, [peer, slow, fast, worse, first]) is None

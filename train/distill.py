@@ -25,6 +25,7 @@ from model.batch import Batch, to_pixels
 from model.config import HeadConfig
 from model.diffusion.field import Field
 from model.diffusion.guidance import Guidance
+from model.diffusion.head import DiffusionHead
 from model.diffusion.objective import Draws, draw, head_loss
 from model.diffusion.path import PATHS
 from model.diffusion.sampler import GRIDS, grid_of
@@ -67,6 +68,13 @@ def update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) ->
     return float(loss.detach())
 
 
+def head_of(generator: Generator) -> DiffusionHead:
+    """The head to distil. Raises ValueError for a model that draws without one."""
+    if not generator.model.diffusion_head:
+        raise ValueError("the checkpoint has model.image_mode transfusion; it must be autoregressive")
+    return generator.model.diffusion_head
+
+
 def draws_of(batch: Batch, patch_width: int, head: HeadConfig) -> Draws:
     """The draws that training would make."""
     count_B = batch.targets()[1].sum(1).tolist()
@@ -76,7 +84,7 @@ def draws_of(batch: Batch, patch_width: int, head: HeadConfig) -> Draws:
 def distill_solver(generator: Generator, config: Config, steps: int, grid: str, updates: int, lr: float
                    ) -> tuple[LearnedMidpoint, list[float]]:  # fmt: skip
     """The solver for `steps` steps, and the loss of every update."""
-    head, settings, width = generator.model.diffusion_head, config.model.head, config.model.patch_width
+    head, settings, width = head_of(generator), config.model.head, config.model.patch_width
     times = grid_of(grid, steps, PATHS[settings.path])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -89,7 +97,8 @@ def distill_solver(generator: Generator, config: Config, steps: int, grid: str, 
             condition_NW = head.shortcut(condition_NW, torch.zeros(len(x_NP), device=x_NP.device))
         noise_NP = draws_of(batch, width, replace(settings, draws=1)).noise_MP
         ones_N1 = x_NP.new_ones(len(x_NP), 1)
-        field = Field(head, settings, condition_NW, Guidance(), ones_N1, partial(torch.randn_like, x_NP))
+        field = Field(head, settings, Guidance(), partial(torch.randn_like, x_NP))
+        field.begin(condition_NW, ones_N1)
         losses.append(update(solver_loss(solver, field, noise_NP * (1 - times[0]), times), solver, optimizer))
     return solver, losses
 
@@ -108,7 +117,7 @@ def distill_consistency(generator: Generator, config: Config, updates: int, lr: 
     """The new model, of which config is, and the loss of every update."""
     head = config.model.head
     generator.model.solver = None  # It would not serve the new head.
-    flow = generator.model.diffusion_head
+    flow = head_of(generator)
     student, average = copy.deepcopy(flow).requires_grad_(True), copy.deepcopy(flow)
     optimizer, losses = torch.optim.Adam(student.parameters(), lr), []
     ema = WeightAverage(dict(student.named_parameters()), config.optim.ema_decay)
@@ -146,6 +155,7 @@ def main() -> None:
         folder = checkpoint.resolve(arguments.checkpoint)
         generator = Generator.load(folder, "ema", arguments.device)
         generator.model.requires_grad_(False)
+        head_of(generator)
         config = checkpoint.read_config(folder)
         if arguments.kind == "consistency":
             config = consistency_config(config, arguments.steps)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.config import LOCATION_FEATURES, ModelConfig
-from model.diffusion.head import _TIME_FEATURES as TIME_FEATURES
+from model.config import LOCATION_FEATURES, TIME_FEATURES, ModelConfig
 from model.text_head import _CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from train.checkpoint import SHARD_BYTES
 from train.config import REDUCE_BUCKET, Config
@@ -216,7 +215,8 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
         ahead = _zero(config, "stage3_prefetch_bucket_size", 5e7) + max(table, model.dim * model.ffn_width)
         gathered = 4 * min(numbers, _reused(config, numbers) + ahead)
     elif keeps.bf16:
-        time = model.head.width * (TIME_FEATURES + model.head.width + 2)  # the time's embedding stays float32
+        width = model.dim if model.image_mode == "transfusion" else model.head.width
+        time = width * (TIME_FEATURES + width + 2)  # the time's embedding stays float32
         casts = 2 * (_in_linears(model) - time + table)
     # One bucket for what is sent in float32 and one for bfloat16; stages 1 and 2 fill both with float32.
     bucket = (0, 4, 4, 4)[stage] + ((0, 4, 4, 2)[stage] if keeps.bf16 else 0)
@@ -254,13 +254,17 @@ def _collectives(config: Config, vocabulary_size: int, bf16: bool) -> dict[str, 
 def _in_linears(model: ModelConfig) -> int:
     """Parameters of linears: all but embeddings, text head and norms."""
     norms = model.num_layers * 2 * (model.dim + (model.head_width if model.qk_norm else 0)) + model.dim
-    return sum(model.num_parameters(0).values()) - norms - 2 * model.head.width * model.head.depth
+    norms += 2 * model.head.width * model.head.depth if model.image_mode == "autoregressive" else 0
+    return sum(model.num_parameters(0).values()) - norms
 
 
 def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
                  slots: int, attended: int, text: int, patches: int, targets: int) -> dict[str, int]:  # fmt: skip
     """The fields of Estimate that follow from what a micro-batch holds."""
     model, draws = config.model, targets * config.model.head.draws
+    whole_images = model.image_mode == "transfusion"
+    if whole_images:  # no diffusion head
+        draws = 0
     chunk = min(text, max(1, CHUNK_ELEMENTS // vocabulary_size))  # beyond one chunk the logits are made again
     block = slots * _block(model, keeps) + attended * _attended(model, keeps)
     head_block = draws * _head_block(model.head.width, keeps)
@@ -274,6 +278,7 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
         + patches * (keeps.read(1) * model.patch_width + keeps.product * (model.patch_bottleneck or 0))
         + text * ((keeps.read(1) if chunk == text else 4) * model.dim + 16)
         + targets * (keeps.read(1) * (model.dim + LOCATION_FEATURES) + 8)
+        + whole_images * patches * 4 * (TIME_FEATURES + 3 * model.dim + 3 * model.patch_width)
     )
     return {
         "activations": model.num_layers * block + around,

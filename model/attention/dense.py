@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.documents import Documents
+from model.attention.documents import Documents, Group
 from model.rope import Rotation, rotate
 
 KEY_MULTIPLE = 64
@@ -23,7 +23,7 @@ class DenseState:
 
 
 class DenseAttention(nn.Module):
-    """Causal softmax attention inside each document.
+    """Causal softmax attention inside each document; where `documents` says so, patches also see all of their image.
 
     Documents are gathered into groups of similar length and attended as separate, right-padded sequences: a real slot
     never sees the padding behind it, so no mask is needed and short documents in a long row cost little.
@@ -70,11 +70,19 @@ class DenseAttention(nn.Module):
         out = torch.zeros_like(q)
         for group in documents.groups:
             q_GHLE, k_GKLE, v_GKLE = (_gather(x, group.slot_GL).transpose(1, 2) for x in (q, k, v))
+            seen = None if documents.image_X is None else _seen(group, documents.image_X)
             attended = F.scaled_dot_product_attention(
-                q_GHLE, k_GKLE, v_GKLE, is_causal=True, scale=self.scale, enable_gqa=True
+                q_GHLE, k_GKLE, v_GKLE, seen, is_causal=seen is None, scale=self.scale, enable_gqa=True
             )
             out = out.index_copy(0, group.slot_GL[group.valid_GL], attended.transpose(1, 2)[group.valid_GL])
         return out.view_as(q_BSHE)
+
+
+def _seen(group: Group, image_X: Tensor) -> Tensor:
+    """Which slots (last axis) a slot sees: those before it, and all of its image. (G, 1, L, L)"""
+    image_GL = image_X[group.slot_GL]
+    same_GLL = (image_GL[:, :, None] == image_GL[:, None]) & (image_GL > 0)[:, None] & group.valid_GL[:, None]
+    return (same_GLL | torch.ones_like(same_GLL).tril()).unsqueeze(1)
 
 
 def _rounded_up(slots: int) -> int:

@@ -1,7 +1,7 @@
 """Where the documents of a batch lie, so that the cost of attention follows the documents and not the row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Documents:
     groups: tuple[Group, ...]
     squared_lengths: int
     """Sum of length squared over documents, for FLOP counts."""
+    image_X: Tensor | None = None
+    """Number of the image of every flattened slot, 0 for text: given if patches shall see all of their image."""
 
     @classmethod
     def of(cls, document_BS: Tensor, multiple: int = 1) -> "Documents":
@@ -53,7 +55,12 @@ class Documents:
     def map(self, change: Callable[[Tensor], Tensor]) -> "Documents":
         """The same with every tensor changed, in a fixed order."""
         groups = tuple(Group(change(group.slot_GL), change(group.valid_GL)) for group in self.groups)
-        return Documents(groups, self.squared_lengths)
+        return replace(self, groups=groups)
 
     def to(self, device: torch.device | str) -> "Documents":
         return self.map(lambda tensor: tensor.to(device))
+
+    def with_images(self, row_BS: Tensor, col_BS: Tensor) -> "Documents":
+        """Patches see all of their image. row, col: 1-based place in the image, 0 for text."""
+        first_X = ((row_BS == 1) & (col_BS == 1)).flatten()
+        return replace(self, image_X=first_X.cumsum(0) * (row_BS > 0).flatten())

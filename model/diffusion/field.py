@@ -1,7 +1,8 @@
 """A trained head as samplers see it: a velocity on the flow path, whatever it predicts and on whichever path."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,35 +11,49 @@ from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
 from model.diffusion.head import DiffusionHead
 from model.diffusion.objective import log_variance
-from model.diffusion.path import PATHS, convert
+from model.diffusion.path import PATHS, Point, convert
+
+
+class _Moment(NamedTuple):
+    """What straight times are to the head, whatever the patch: one for all of them, or one for each."""
+
+    at: Point
+    embedding_RW: Tensor
 
 
 @dataclass
 class Field:
-    """The guided velocity of N patches. A head evaluation covers all streams of the guidance."""
+    """The guided velocity of N patches, the ones that began last. A head evaluation covers all streams of the guidance.
+
+    Times that were evaluated before are remembered: nothing that depends on them alone is computed again.
+    """
 
     head: DiffusionHead
+    """Or what does its work: embed_time, and (z, None, condition with the time) -> prediction."""
     config: HeadConfig
-    condition_RW: Tensor
-    """Conditions of the N patches in the first stream, then in the second, ... (see Guidance.streams)."""
     guidance: Guidance
-    fraction_N1: Tensor
-    """The part of its image that each patch completes, (0, 1]."""
     random: Callable[[], Tensor]
     """Fresh standard normal numbers (N, P) for samplers that add noise."""
     clamp: bool = False
     """Keep the clean patch that the velocity points to within [-1, 1]."""
     learned_variance: bool = False
     """Scale the noise of a step as the head says it (objective ddpm, sampler ddpm)."""
+    _moments: dict[float, _Moment] = field(default_factory=dict)
+
+    def begin(self, condition_RW: Tensor, fraction_N1: Tensor) -> None:
+        """Turn to other patches.
+
+        condition_RW: conditions of the N patches in the first stream, then in the second, ... (see Guidance.streams).
+        fraction_N1: the part of its image that each patch completes, (0, 1].
+        """
+        self._condition_RW, self._fraction_N1 = condition_RW, fraction_N1
 
     def __call__(self, z: Tensor, time: float | Tensor) -> Tensor:
         """dz/dt of the flow path at a straight time, one for all patches or (N, 1)."""
-        path, streams = PATHS[self.config.path], self.guidance.streams
-        each = time if isinstance(time, Tensor) else z.new_full((len(z), 1), time)
-        own_R1 = path.own(each).repeat(streams, 1)
-        at = path.at(own_R1)
-        z_RP = at.scale * z.repeat(streams, 1)
-        out = self.head(z_RP, own_R1[:, 0], self.condition_RW).float()
+        streams = self.guidance.streams
+        at, embedding_RW = self._moment(z, time)
+        z_RP = at.scale * (z if streams == 1 else z.repeat(streams, 1))
+        out = self.head(z_RP, None, self._condition_RW + embedding_RW).float()
         if self.config.objective == "ddpm":
             out, spread = out.chunk(2, dim=1)
             self._spread = spread[: len(z)]
@@ -46,8 +61,18 @@ class Field:
         eps = self.config.time_eps if self.config.prediction == "eps" else 0.0
         v = convert(out, self.config.prediction, "v", z_RP, at, eps)
         v = (at.q - at.p) * z_RP + at.scale * v  # x - e
-        v = self.guidance.apply(v.chunk(streams), time, self.fraction_N1)
+        v = self.guidance.apply(v.chunk(streams), time, self._fraction_N1)
         return ((z + (1 - time) * v).clamp(-1, 1) - z) / (1 - time) if self.clamp else v
+
+    def _moment(self, z: Tensor, time: float | Tensor) -> _Moment:
+        path = PATHS[self.config.path]
+        if isinstance(time, Tensor):
+            own_R1 = path.own(time).repeat(self.guidance.streams, 1)
+            return _Moment(path.at(own_R1), self.head.embed_time(own_R1[:, 0]))
+        if time not in self._moments:
+            own_1 = path.own(z.new_tensor([time]))
+            self._moments[time] = _Moment(path.at(own_1), self.head.embed_time(own_1))
+        return self._moments[time]
 
     def noise(self, time: float, after: float) -> Tensor:
         """What a sampler adds between two straight times, in units of its own standard deviation."""

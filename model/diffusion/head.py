@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import LOCATION_FEATURES, SHORTCUTS, ModelConfig
-
-_TIME_FEATURES = 256
+from model.config import LOCATION_FEATURES, SHORTCUTS, TIME_FEATURES, ModelConfig
 
 
 class DiffusionHead(nn.Module):
@@ -27,7 +25,7 @@ class DiffusionHead(nn.Module):
         self.patch_in = nn.Linear(patch, width)
         self.condition_in = nn.Linear(config.dim, width)
         self.location_in = nn.Linear(LOCATION_FEATURES, width)
-        self.time_in = nn.Linear(_TIME_FEATURES, width)
+        self.time_in = nn.Linear(TIME_FEATURES, width)
         self.time_out = nn.Linear(width, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.head.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
@@ -70,13 +68,17 @@ class DiffusionHead(nn.Module):
         size_M = (SHORTCUTS - 1 - steps_M.float().log2().round().long()).clamp_min(0)
         return condition_MW + self.shortcut_in(size_M)
 
-    def forward(self, z_MP: Tensor, time_M: Tensor, condition_MW: Tensor) -> Tensor:
-        """One evaluation. time_M in [0, 1], 0 is noise. Returns (M, P); with learned variance (M, 2P)."""
-        features = sinusoid(time_M * self.time_scale, _TIME_FEATURES)
-        # The embedding of the time stays float32 under autocast: nearby times must not collapse.
-        with torch.autocast(z_MP.device.type, enabled=False):
-            time_MW = self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
-        modulator_MW = F.silu(time_MW + condition_MW)
+    def embed_time(self, time_M: Tensor) -> Tensor:
+        """What is added to the condition for times in [0, 1], 0 is noise. Returns (M, W)."""
+        features = sinusoid(time_M * self.time_scale, TIME_FEATURES)
+        # It stays float32 under autocast: nearby times must not collapse.
+        with torch.autocast(time_M.device.type, enabled=False):
+            return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+
+    def forward(self, z_MP: Tensor, time_M: Tensor | None, condition_MW: Tensor) -> Tensor:
+        """One evaluation. time_M as in embed_time; None: the condition holds the time already. Returns (M, P); with
+        learned variance (M, 2P)."""
+        modulator_MW = F.silu(condition_MW if time_M is None else self.embed_time(time_M) + condition_MW)
         u_MW = self.patch_in(z_MP)
         for block in self.blocks:
             if self.recompute:

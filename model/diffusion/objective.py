@@ -99,6 +99,7 @@ class Case:
     """The draws of a batch, and what all objectives need of them."""
 
     head: DiffusionHead
+    """Or, for matching, what does its work: (z, time, condition) -> prediction."""
     condition_MW: Tensor
     x_MP: Tensor
     draws: Draws

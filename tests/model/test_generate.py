@@ -1,15 +1,18 @@
 """Generation: equal to the parallel form, within the grammar, and the same pixels in every batch."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import generate as generation
 from model.attention import KINDS
+from model.attention.dense import DenseState
 from model.batch import Batch, to_bytes
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
@@ -181,9 +184,9 @@ def test_hidden_states_of_every_step_equal_the_parallel_form(monkeypatch) -> Non
     monkeypatch.setattr(model.backbone, "step", recorder)
     (segments,) = generate(model, [request], Sampling(steps=2))
     _, hidden, _ = uncached(model, request, segments)
-    start = len(request.prompt.token)
+    start = len(request.prompt.token) + 3  # <boi> and the size are read with the prompt
     steps = min(len(recorder.results), len(hidden) - start)
-    assert steps > 10
+    assert steps > 8
     for k in range(steps):
         torch.testing.assert_close(recorder.results[k][0, 0], hidden[start + k], rtol=0, atol=1e-5)
 
@@ -197,11 +200,11 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
     model = build(tiny_config(dim=dim, patch_size=patch_size, head=HeadConfig(width=width, depth=2)))
     requests = random_requests(11, patch_size)
     states: list[torch.Tensor] = []
-    append = generation._Streams.append
+    advance = generation._Streams.advance
 
     def recording(self, *arguments):  # type: ignore[no-untyped-def]
         states.append(self.hidden_RD.clone())
-        append(self, *arguments)
+        advance(self, *arguments)
 
     asked: list[int] = []  # seeds, which are the numbers of the samples, in the order of the rows of logits
     scores: dict[int, list[torch.Tensor]] = {b: [] for b in range(11)}
@@ -217,7 +220,7 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
         asked.clear()
         return choose_tokens(logits_NV, *arguments)
 
-    monkeypatch.setattr(generation._Streams, "append", recording)
+    monkeypatch.setattr(generation._Streams, "advance", recording)
     monkeypatch.setattr(generation._Writer, "uniform", asking)
     monkeypatch.setattr(generation, "choose_tokens", choosing)
 
@@ -316,16 +319,18 @@ def test_noise_on_the_way_depends_on_the_sample_alone(sampler, objective) -> Non
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_patches_of_a_ddpm_path(path, grid) -> None:
+def test_patches_of_a_ddpm_path(path, grid, monkeypatch) -> None:
     """Euler's steps on the path are those of DDIM: noise and clean patch, mixed anew for the next time."""
     head = HeadConfig(width=24, depth=2, path=path, prediction="v", noise_scale=1.5)
-    model = build(tiny_config(head=head))
-    seen = []
-    model.diffusion_head.register_forward_hook(lambda _, given, out: seen.append((given[0][0], given[1][0], out[0])))
+    model, times, calls = build(tiny_config(head=head)), [], []
+    embed_time = model.diffusion_head.embed_time
+    monkeypatch.setattr(model.diffusion_head, "embed_time", lambda time: (times.append(time[0]), embed_time(time))[1])
+    model.diffusion_head.register_forward_hook(lambda _, given, out: calls.append((given[0][0], out[0])))
     (image,) = generate(model, [image_request(3, grid=(1, 1), max_text=0)], Sampling(steps=5, grid=grid, clamp=False))[
         0
     ]
-    points = [PATHS[path].at(time) for _, time, _ in seen]
+    seen = [(z, time, out) for (z, out), time in zip(calls, times, strict=True)]
+    points = [PATHS[path].at(time) for time in times]
     for (z, _, v), at, (found, _, _), after in zip(seen[:-1], points[:-1], seen[1:], points[1:], strict=True):
         x, e = at.alpha * z + at.sigma * v, at.sigma * z - at.alpha * v
         torch.testing.assert_close(found, after.alpha * x + after.sigma * e, rtol=1e-3, atol=1e-3)
@@ -503,3 +508,72 @@ def test_extreme_uniform_numbers_never_choose_a_forbidden_token() -> None:
 def test_sampling_refusals(wrong) -> None:
     with pytest.raises(ValueError, match="sampl"):
         Sampling(**wrong)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what is sent to a device: copies that name one, and new tensors of given numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        copied = function.name().startswith("aten::to") and kwargs.get("device") is not None
+        self.count += copied or function is torch.ops.aten.detach_.default  # how torch.tensor ends, in inference mode
+        return function(*args, **kwargs)
+
+
+LEAKS = {
+    "nothing": lambda hidden: None,
+    "item": lambda hidden: hidden.sum().item(),
+    "truth": lambda hidden: bool(hidden.sum() > 0),
+    "mask": lambda hidden: hidden[hidden[:, 0] > 0],
+    "download": lambda hidden: hidden.cpu(),
+    "upload": lambda hidden: torch.ones(2).to(hidden.device),
+    "numbers": lambda hidden: torch.tensor([1.0, 2.0], device=hidden.device),
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "path", "scale", "leak"),
+    [
+        *(("matching", "flow", 1.0, leak) for leak in LEAKS),
+        ("matching", "cosine", 2.0, "nothing"),
+        ("shortcut", "flow", 1.0, "nothing"),
+    ],
+)
+def test_patches_need_no_word_between_host_and_device(objective, path, scale, leak, monkeypatch) -> None:
+    """On the meta device, where nothing has a value that one could wait for; and nothing is sent per patch."""
+    draw = generation._Brush.draw
+
+    def leaking(self) -> None:  # type: ignore[no-untyped-def]
+        draw(self)
+        LEAKS[leak](self.streams.hidden_RD)
+
+    def reading(self, lengths: list[int]) -> None:  # type: ignore[no-untyped-def]
+        self.longest, shape = 64, (len(lengths), model.config.kv_heads, 128, model.config.head_width)
+        empty = [torch.zeros(shape, device="meta") for _ in range(4)]
+        self.states = [DenseState(*empty[:2]), DenseState(*empty[2:])]
+        self.hidden_RD = torch.zeros(len(lengths), model.config.dim, device="meta")
+
+    monkeypatch.setattr(generation._Brush, "draw", leaking)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    # Once per prompt, and once at the end:
+    monkeypatch.setattr(generation._Streams, "read", reading)
+    monkeypatch.setattr(generation._Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
+    model = build(tiny_config(head=HeadConfig(width=24, depth=2, objective=objective, path=path))).to("meta")
+
+    def sent(grid: tuple[int, int]) -> int:
+        requests = [Request(prompt_of([Words([1] * n)]), n, True, grid, max_text=0) for n in (1, 4)]
+        with Transfers() as transfers:
+            generate(model, requests, Sampling(steps=4, guidance=Guidance(scale)))
+        return transfers.count
+
+    if leak in ("nothing", "upload", "numbers"):
+        counts = sent((1, 2)), sent((3, 4))
+        assert counts[0] > 0
+        assert (counts[0] == counts[1]) == (leak == "nothing"), counts
+    else:
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            sent((1, 2))

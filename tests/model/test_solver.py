@@ -105,7 +105,9 @@ def test_every_patch_may_have_its_own_time(path, schedule) -> None:
     def field(chosen: list[int]) -> Field:
         rows = chosen + [4 + n for n in chosen]
         guidance = Guidance(2.5, schedule)
-        return Field(head, config, condition[rows], guidance, fraction[chosen], lambda: z, clamp=True)
+        made = Field(head, config, guidance, lambda: z, clamp=True)
+        made.begin(condition[rows], fraction[chosen])
+        return made
 
     with torch.no_grad():
         together = field([0, 1, 2, 3])(z, torch.tensor(times)[:, None])

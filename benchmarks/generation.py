@@ -1,0 +1,348 @@
+"""Pictures per second at equal quality: this generator, its first version, and two peers, on handwritten digits.
+
+Every system has as many parameters and learns from the same pictures for the same CPU time, with the same optimizer.
+Then all draw in turns, so that other load on the machine affects them alike. Time is CPU time of one thread, float32.
+What is done is kept in a folder: an interrupted run goes on from there. Install the peers with `make bench`.
+"""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count as endless
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from sklearn.svm import SVC
+
+from benchmarks.peers import cpu_seconds
+from benchmarks.report import Result, Row
+from benchmarks.systems import AutoregressiveSystem, RopewaySystem, System, TransfusionSystem, count
+from data.source import digits
+from data.tokenizer import Tokenizer
+from model.config import HeadConfig, ModelConfig
+from model.generate import Sampling
+from train.evaluate import frechet_distance, seam_energy
+
+MODEL = ModelConfig(dim=128, num_layers=4, num_heads=4, patch_size=2, head=HeadConfig(width=192, depth=3))
+FIRST_VERSION = "84e9aab"
+"""The first commit with a generator. It reads the weights of today's models."""
+_FIRST = "Ropeway, first version"
+_SIDE = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """A trained system and how it draws."""
+
+    name: str
+    system: System
+    sampling: Sampling | None = None
+    """Of Ropeway; the others draw as they do by default."""
+
+    @property
+    def slug(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.name.lower())
+
+
+def run(
+    seconds: float = 300.0, images: int = 1000, batch: int = 100, documents: int = 64, lr: float = 1e-3,
+    steps: tuple[int, ...] = (1, 2, 4, 8, 20), folder: Path = Path("runs/generation"),
+) -> Result:  # fmt: skip
+    """Train what is not trained yet, draw what is not drawn yet, and return one row per way of drawing and batch.
+
+    Args:
+        seconds: CPU time that every system learns.
+        images: pictures that every way draws; Frechet distances depend on their number.
+        batch: pictures that are drawn at once.
+        documents: captioned pictures per optimizer step.
+        lr: learning rate of AdamW after 50 steps; it falls to 0 as a cosine over the time.
+        steps: numbers of Euler steps of Ropeway.
+        folder: where trained weights and pictures are kept; another one for other settings.
+    """
+    for name, value in (
+        ("seconds", seconds),
+        ("images", images),
+        ("batch", batch),
+        ("documents", documents),
+        ("lr", lr),
+    ):
+        if not value > 0:
+            raise ValueError(f"--{name} is {value}; it must be positive")
+    if images % batch:
+        raise ValueError(f"--images {images} is not a multiple of --batch {batch}")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"seconds": seconds, "documents": documents, "lr": lr, "batch": batch}
+    _keep(folder / "settings.json", settings)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        systems = _systems()
+        for system in systems:
+            _train(system, folder, seconds, documents, lr)
+        ways = _ways(systems, steps)
+        with tempfile.TemporaryDirectory() as archive:
+            _unpack_first_version(Path(archive))
+            for number in range(images // batch):
+                for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+                    _draw(way, folder, number, batch, Path(archive))
+    finally:
+        torch.set_num_threads(threads)
+    rows = [_row(way, folder, images // batch) for way in ways]
+    return Result(
+        benchmark="generation", rows=rows, summary=[_summarised(row, rows) for row in rows],
+        notes=_notes(systems, seconds, images, batch, documents, lr), figure=_plot(rows),
+        packages=("autoregressive-diffusion-pytorch", "transfusion-pytorch", "x-transformers", "numpy", "scikit-learn"),
+    )  # fmt: skip
+
+
+def _systems() -> list[System]:
+    shortcut = replace(MODEL, head=replace(MODEL.head, objective="shortcut"))
+    ours = [RopewaySystem("Ropeway", MODEL, _SIDE), RopewaySystem("Ropeway, shortcut", shortcut, _SIDE)]
+    parameters = count(ours[0].model)
+    return [
+        *ours,
+        AutoregressiveSystem("flow", parameters, _SIDE, MODEL.patch_size),
+        AutoregressiveSystem("diffusion", parameters, _SIDE, MODEL.patch_size),
+        TransfusionSystem(parameters, _SIDE, MODEL.patch_size),
+    ]
+
+
+def _ways(systems: Sequence[System], steps: Sequence[int]) -> list[Way]:
+    ways = [Way(_FIRST, systems[0], Sampling())]
+    for system in systems:
+        if isinstance(system, RopewaySystem):
+            ways += [Way(f"{system.name}, {n} step{'s' * (n > 1)}", system, Sampling(steps=n)) for n in steps]
+        else:
+            ways.append(Way(system.name, system))
+    return ways
+
+
+def _train(system: System, folder: Path, seconds: float, documents: int, lr: float) -> None:
+    """Fill the model with its average over the last steps of training, by EMA, from the folder if it is there."""
+    model = system.model
+    path = folder / f"{Way(system.name, system).slug}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return
+    source, random = digits.Digits("train", caption_fraction=0.0), np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    model.train()
+    spent = 0.0
+    for step in endless():
+        batch = system.prepare([source.document(int(i)) for i in random.integers(len(source), size=documents)])
+        began = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * spent / seconds)) / 2
+        system.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.995, (step + 1) / (step + 10))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                average[name].lerp_(value, 1 - decay)
+        spent += time.process_time() - began
+        if spent >= seconds:
+            break
+        if step % 100 == 0:
+            print(f"{system.name}: step {step}, {spent:.0f} of {seconds:g} s", file=sys.stderr)
+    model.load_state_dict(average)
+    model.eval()
+    _write(path, lambda to: save_file({name: value.contiguous() for name, value in average.items()}, to))
+
+
+def _draw(way: Way, folder: Path, number: int, batch: int, archive: Path) -> None:
+    """Pictures of one batch and the CPU time they took, into the folder unless they are there."""
+    path = folder / f"{way.slug}-{number}.npz"
+    if path.exists():
+        return
+    print(f"{way.name}: batch {number}", file=sys.stderr)
+    wanted = np.arange(number * batch, (number + 1) * batch) % 10
+    captions = [digits.caption(int(digit)) for digit in wanted]
+    torch.manual_seed(number)
+    if way.name == _FIRST:
+        pictures, seconds = _first_version(way, folder, captions, number * batch, archive)
+    else:
+        if way.sampling:
+            way.system.sampling = way.sampling  # type: ignore[attr-defined]
+            way.system.first_seed = number * batch  # type: ignore[attr-defined]
+        made: list[np.ndarray] = []
+        if number == 0:
+            way.system.draw(captions[:8])  # warm
+        seconds = cpu_seconds(lambda: made.append(way.system.draw(captions)))
+        pictures = made[0]
+    _write(path, lambda to: np.savez(to, pictures=pictures, wanted=wanted, seconds=seconds))
+
+
+def _unpack_first_version(archive: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    tar = subprocess.run(["git", "-C", root, "archive", FIRST_VERSION, "model"], capture_output=True, check=False)
+    if tar.returncode:
+        raise OSError(f"the first version, commit {FIRST_VERSION}, is not in this clone: fetch its whole history")
+    with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as files:
+        files.extractall(archive, filter="data")
+
+
+_FIRST_CODE = """
+import json, sys, time
+import numpy as np, torch
+from safetensors.torch import load_file
+from model.config import HeadConfig, ModelConfig, Vocabulary
+from model.generate import Prompt, Request, Sampling, generate
+from model.ropeway import Ropeway
+torch.set_num_threads(1)
+job = json.load(sys.stdin)
+config = ModelConfig(**job["model"], head=HeadConfig(**job["head"]))
+model = Ropeway(config, Vocabulary(**job["vocabulary"]))
+model.load_state_dict(load_file(job["weights"]))
+requests = []
+for seed, token in enumerate(job["tokens"], job["first_seed"]):
+    token = np.array(token)
+    zero = np.zeros_like(token)
+    prompt = Prompt(token, zero, zero, zero, zero, np.zeros((0, config.patch_width), np.uint8))
+    requests.append(Request(prompt, seed, True, tuple(job["grid"]), max_text=0))
+generate(model, requests[:8], Sampling(steps=2))
+began = time.process_time()
+made = generate(model, requests, Sampling(steps=job["steps"]))
+seconds = time.process_time() - began
+np.savez(job["out"], patches=np.stack([parts[0].patches for parts in made]), seconds=seconds)
+"""
+
+
+def _first_version(
+    way: Way, folder: Path, captions: list[str], first_seed: int, archive: Path
+) -> tuple[np.ndarray, float]:
+    """The same weights, prompts and seeds, drawn by the first version in a process of its own."""
+    from data.image import unpatchify
+
+    system = way.system
+    assert isinstance(system, RopewaySystem)
+    assert way.sampling
+    tokenizer, out = Tokenizer.bytes(), archive / "out.npz"
+    job = {
+        "model": {"dim": MODEL.dim, "num_layers": MODEL.num_layers, "num_heads": MODEL.num_heads,
+                  "patch_size": MODEL.patch_size},
+        "head": {"width": MODEL.head.width, "depth": MODEL.head.depth},
+        "vocabulary": vars(system.model.vocabulary),
+        "weights": str((folder / f"{Way(system.name, system).slug}.safetensors").resolve()),
+        "tokens": [[tokenizer.bos, *tokenizer.encode(caption)] for caption in captions],
+        "grid": [system.grid] * 2, "first_seed": first_seed, "steps": way.sampling.steps, "out": str(out),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_CODE], input=json.dumps(job), text=True, cwd=archive, check=False,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(archive)},
+    )  # fmt: skip
+    if done.returncode:
+        raise OSError(f"the first version failed: {done.stderr.strip().splitlines()[-1]}")
+    with np.load(out) as made:
+        pictures = [unpatchify(patches, system.grid, system.grid, MODEL.patch_size) for patches in made["patches"]]
+        return np.stack(pictures), float(made["seconds"])
+
+
+def _row(way: Way, folder: Path, batches: int) -> Row:
+    pictures, wanted, seconds = [], [], []
+    for number in range(batches):
+        with np.load(folder / f"{way.slug}-{number}.npz") as made:
+            pictures.append(made["pictures"])
+            wanted.append(made["wanted"])
+            seconds.append(float(made["seconds"]))
+    drawn, labels = np.concatenate(pictures), np.concatenate(wanted)
+    train_pixels, train_labels = digits.arrays("train")
+    test_pixels, _ = digits.arrays("test")
+    classifier = SVC(gamma=0.001, C=10).fit(_gray(train_pixels), train_labels)
+    right = float(np.mean(classifier.predict(_gray(drawn)) == labels)) if way.system.reads_captions else None
+    return {
+        "system": way.name,
+        "parameters": count(way.system.model),
+        "steps": way.sampling.steps if way.sampling else None,
+        "images": len(drawn),
+        "cpu_seconds_per_batch": median(seconds),
+        "images_per_cpu_second": len(pictures[0]) / median(seconds),
+        "frechet_distance": frechet_distance(_gray(drawn), _gray(test_pixels)),
+        "accuracy": right,
+        "seam_energy": seam_energy(drawn, MODEL.patch_size),
+    }
+
+
+def _gray(pixels: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) bytes to (N, H * W) in 0..16, the range of the original digits."""
+    return pixels.astype(np.float64).mean(-1).reshape(len(pixels), -1) * 16 / 255
+
+
+def fastest(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The fastest of today's ways of drawing whose Frechet distance is no larger than that of the row."""
+    ours = [other for other in rows if str(other["system"]).startswith("Ropeway") and other["system"] != _FIRST]
+    good = [other for other in ours if float(other["frechet_distance"]) <= float(row["frechet_distance"])]  # type: ignore[arg-type]
+    return max(good, key=lambda other: float(other["images_per_cpu_second"] or 0), default=None)
+
+
+def _summarised(row: Row, rows: Sequence[Row]) -> Row:
+    best = fastest(row, rows)
+    rival = row["system"] == _FIRST or not str(row["system"]).startswith("Ropeway")
+    ratio = float(best["images_per_cpu_second"]) / float(row["images_per_cpu_second"]) if best else 0.0  # type: ignore[arg-type]
+    said = f"{ratio:.1f} ({best['system']})" if best else "none is as good"
+    return {
+        "system": row["system"],
+        "parameters": f"{int(row['parameters'] or 0) / 1e6:.2f} M",
+        "images / CPU-second": row["images_per_cpu_second"],
+        "Frechet distance": row["frechet_distance"],
+        "recognised as prompted": row["accuracy"],
+        "Ropeway, as good: how many times faster": said if rival else None,
+    }  # fmt: skip
+
+
+def _plot(rows: Sequence[Row]) -> Figure:
+    """Frechet distance over speed."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        ours = str(row["system"]).startswith("Ropeway")
+        x, y = float(row["images_per_cpu_second"] or 0), float(row["frechet_distance"] or 0)
+        axes.plot(x, y, "o", color="tab:blue" if ours else "tab:gray")
+        axes.annotate(str(row["system"]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="images per CPU-second", ylabel="Frechet distance to the test split")
+    return figure
+
+
+def _keep(path: Path, settings: dict) -> None:
+    """Settings of what the folder holds. Raises ValueError if it was begun with others."""
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{path.parent} was begun with {path.read_text()}; choose another --folder")
+    path.write_text(json.dumps(settings))
+
+
+def _write(path: Path, save) -> None:  # type: ignore[no-untyped-def]
+    """A file, whole or not at all."""
+    partial = path.with_name("partial" + path.suffix)
+    save(partial)
+    partial.replace(path)
+
+
+def _notes(systems: Sequence[System], seconds: float, images: int, batch: int, documents: int, lr: float) -> str:
+    learned = "\n".join(f"* **{system.name}**: {system.settings}." for system in systems)
+    return f"""
+Handwritten digits of {_SIDE} x {_SIDE} pixels as {MODEL.patch_size} x {MODEL.patch_size} RGB patches. Every system
+learned {seconds:g} s of CPU time (data preparation left out), {documents} pictures per step, AdamW at {lr:g}, 50 steps
+of warm-up, cosine to 0 over the time, gradients clipped at 1; all draw with an average of their weights (0.995).
+{images} pictures of every way of drawing, {batch} at a time, in turns; the rate is the median over the batches. Frechet
+distance on raw pixels (0 to 16) to the test split; accuracy is that of a support vector machine, and says nothing of
+systems that read no captions.
+
+The first version ({FIRST_VERSION}) draws with the weights of "Ropeway" and 20 steps of Euler, the default of both.
+
+{learned}
+"""

@@ -1,0 +1,44 @@
+"""Whole images by diffusion inside the backbone (Transfusion, arXiv 2408.11039): its two ends.
+
+All patches of an image are noised together and see each other; the hidden state of a patch says what it is.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import TIME_FEATURES, ModelConfig
+from model.diffusion.head import sinusoid
+
+
+class SequenceHead(nn.Module):
+    """The time that is added to embedded patches, and what hidden states say about them. The output is 0 at first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.time_scale = config.head.time_scale
+        self.time_in = nn.Linear(TIME_FEATURES, config.dim)
+        self.time_out = nn.Linear(config.dim, config.dim)
+        self.patch_out = nn.Linear(config.dim, config.patch_width)
+
+    def initialise(self, writable: Callable[[Tensor], AbstractContextManager] = nullcontext) -> None:
+        """N(0, 0.02) for the time embedding, zeros for the rest."""
+        for name, parameter in self.named_parameters():
+            with writable(parameter):
+                nn.init.zeros_(parameter)
+                if name.startswith("time") and parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=0.02)
+
+    def embed_time(self, time_N: Tensor) -> Tensor:
+        """What is added to patches that are noised to times in [0, 1], 1 is clean. Returns (N, D)."""
+        features = sinusoid(time_N * self.time_scale, TIME_FEATURES)
+        # It stays float32 under autocast: nearby times must not collapse.
+        with torch.autocast(time_N.device.type, enabled=False):
+            return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """The clean patch, velocity or noise of every patch, (N, P)."""
+        return self.patch_out(hidden_ND)
