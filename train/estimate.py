@@ -8,7 +8,7 @@ Not in it: the temporaries of single operations, the allocator's fragmentation, 
 few scalars that ranks exchange. Allow ten per cent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,21 +89,22 @@ class Estimate:
 def of(
     config: Config, vocabulary_size: int, world: int,
     slots: int, squared_lengths: int, num_text: int, num_patches: int, num_learned_patches: int,
-    attended: int | None = None, device: torch.device | None = None,
+    groups: Sequence[tuple[int, int]] | None = None, device: torch.device | None = None,
 ) -> Estimate:  # fmt: skip
     """The estimate for one rank whose micro-batches hold what is given.
 
     Args:
         slots: of the micro-batch, padding included. squared_lengths: sum over its documents of length squared.
         num_text, num_learned_patches: learned text tokens and patches. num_patches: patches that are read.
-        attended: slots of the groups in which documents are attended, with their padding (Documents.groups); default:
-            the most that there can be, twice the slots.
+        groups: in which documents are attended (Documents.groups), each with the number of its documents and the slots
+            of the longest; default: the most that there can be, twice the slots in documents as long as rows.
         device: default: that of run.device.
     """
     model, micro_batches = config.model, config.engine.micro_batches
     device = device or pick_device(config.run.device)
     keeps = _Keeps(uses_bf16(config.run.precision, device), device.type == "cuda", _stage(config) == 3)
-    counts = (slots, 2 * slots if attended is None else attended, num_text, num_patches, num_learned_patches)
+    groups = [(-(-2 * slots // config.data.row_length), config.data.row_length)] if groups is None else groups
+    counts = (slots, groups, num_text, num_patches, num_learned_patches)
     return Estimate(
         world=world,
         flops=micro_batches
@@ -258,17 +259,23 @@ def _in_linears(model: ModelConfig) -> int:
 
 
 def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
-                 slots: int, attended: int, text: int, patches: int, targets: int) -> dict[str, int]:  # fmt: skip
+                 slots: int, groups: Sequence[tuple[int, int]], text: int, patches: int, targets: int,
+                 ) -> dict[str, int]:  # fmt: skip
     """The fields of Estimate that follow from what a micro-batch holds."""
     model, draws = config.model, targets * config.model.head.draws
     chunk = min(text, max(1, CHUNK_ELEMENTS // vocabulary_size))  # beyond one chunk the logits are made again
-    block = slots * _block(model, keeps) + attended * _attended(model, keeps)
+    attended = {
+        "dense": sum(_attended(model, keeps, *group) for group in groups),
+        "vq": slots * _quantised(model, keeps) + sum(_attended_vq(model, keeps, *group) for group in groups),
+    }
+    blocks = [slots * _block(model, keeps) + attended[kind] for kind in model.layer_kinds]
     head_block = draws * _head_block(model.head.width, keeps)
     recompute = config.engine.activation_checkpointing
     cast = draws * model.head.width * (keeps.read(2) - keeps.read(1))  # each block's own, of the modulator
-    recomputed = max(block, head_block + cast) if recompute else 0
+    recomputed = max(*blocks, head_block + cast) if recompute else 0
     if recompute:  # blocks keep their inputs: the residual stream, in the head the stream and the modulator
-        block, head_block = slots * 4 * model.dim, draws * keeps.product * model.head.width
+        blocks = [slots * 4 * model.dim] * model.num_layers
+        head_block = draws * keeps.product * model.head.width
     around = (
         slots * (4 * model.head_width + keeps.rms * model.dim + 4)  # angles, final norm
         + patches * (keeps.read(1) * model.patch_width + keeps.product * (model.patch_bottleneck or 0))
@@ -276,7 +283,7 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
         + targets * (keeps.read(1) * (model.dim + LOCATION_FEATURES) + 8)
     )
     return {
-        "activations": model.num_layers * block + around,
+        "activations": sum(blocks) + around,
         "head": model.head.depth * head_block + draws * _head_ends(model, keeps, recompute),
         "recomputed": recomputed,
         "logits": 12 * chunk * vocabulary_size,
@@ -284,7 +291,7 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
 
 
 def _block(model: ModelConfig, keeps: _Keeps) -> int:
-    """Of one slot in one block of the backbone, without `_attended`."""
+    """Of one slot in one block of the backbone, without what its kind of attention keeps."""
     width, heads = model.head_width, model.num_heads
     normed = heads + model.kv_heads if model.qk_norm else 0
     norms = keeps.rms * (2 * model.dim + normed * width) + 4 * (2 + normed)  # the root of each mean square
@@ -293,9 +300,58 @@ def _block(model: ModelConfig, keeps: _Keeps) -> int:
     return norms + inputs + outputs + 4 * keeps.product * model.ffn_width  # gate, silu(gate), up, their product
 
 
-def _attended(model: ModelConfig, keeps: _Keeps) -> int:
-    """Of one slot of the gathered documents: q, k, v, the output, and the logarithm of each softmax's sum."""
-    return keeps.product * 2 * (model.num_heads + model.kv_heads) * model.head_width + 4 * model.num_heads
+def _attended(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:
+    """Of a group of documents: q, k, v, the output, and the logarithm of each softmax's sum."""
+    slot = keeps.product * 2 * (model.num_heads + model.kv_heads) * model.head_width + 4 * model.num_heads
+    return documents * longest * slot
+
+
+def _quantised(model: ModelConfig, keeps: _Keeps) -> int:
+    """Of one slot in one codebook: the error of each key, whether it counts, and what the gradient rule keeps."""
+    keys, heads = model.kv_heads * model.head_width, model.kv_heads
+    rule = {
+        "straight": 0,
+        "rotation": keeps.product * (4 * keys + 2 * heads) + heads,
+        "diveq": keeps.product * (2 * keys + heads),
+    }
+    return 4 * keys + 1 + rule[model.vq.gradient]
+
+
+def _attended_vq(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:
+    """Of a group of documents in blocks: q and output, keys and values of every set of keys, and, for all blocks but
+    the last two, mean value and log count of the codewords. The Triton kernel has one tensor for all sets; PyTorch
+    repeats the keys of grouped queries for each."""
+    vq, number, strict = model.vq, keeps.product, model.vq.band == "strict"
+    if longest <= (vq.window + 1 if strict else 2 * vq.window):
+        return _attended(model, keeps, documents, longest)
+    width, queries, keys = model.head_width, model.num_heads * model.head_width, model.kv_heads * model.head_width
+    repeats = model.num_heads != model.kv_heads and not keeps.cuda
+    slots, blocks = documents * vq.window, -(-longest // vq.window)  # slots of one block
+    kept = 8 * slots * blocks  # where they lie in the rows
+    for begin in range(0, blocks, vq.chunk_blocks):
+        lead = min(2, begin)
+        own = min(vq.chunk_blocks, blocks - begin)
+        held = lead + own
+        far, behind = max(0, held - 2), held - max(lead, 1)
+        between = (strict and held > 1) or keeps.cuda
+        kept += own * slots * (number * queries + 4 * model.num_heads)  # output, log of the softmax's sum
+        kept += held * slots * number * queries * (2 if between or far else 1)  # q, rotated in two ways
+        kept += 0 if keeps.cuda or not between else 2 * number * vq.window**2  # masks
+        heads = model.num_heads if repeats else model.kv_heads
+        if repeats:
+            kept += 2 * slots * number * queries * (own + behind * (2 if between else 1))
+        else:
+            kept += held * slots * number * keys * (3 if between else 2)
+        if far:
+            kept += documents * vq.codes * heads * far * (number * width * (2 if repeats else 1) + 4)
+            kept += 0 if repeats else number * vq.codes * keys  # the codewords, else as many as mean values
+        if vq.grad_through_cache:  # codes, their counts, and values in float32: a copy, where those kept are none
+            kept += far * (8 * slots * model.kv_heads + 4 * documents * model.kv_heads * vq.codes)
+            if number < 4:
+                kept += far * slots * 4 * keys
+            elif repeats:
+                kept += held * slots * 4 * keys
+    return kept
 
 
 def _head_block(width: int, keeps: _Keeps) -> int:

@@ -169,7 +169,7 @@ class VQAttention(nn.Module):
         number = -(-longest // self.window)
         last = torch.arange(number * self.window, device=group.slot_GL.device).clamp(max=longest - 1)
         slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
-        slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1)
+        slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1).contiguous()
         blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
         value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
         outs, seen = [], [x[:0] for x in blocks]

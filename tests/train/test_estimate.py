@@ -45,6 +45,24 @@ SHAPES = {
     "tied": ("--model.output_embedding=tied_half_swap",),
     "velocity": ("--model.head.prediction=v",),
 }
+LONG = (
+    "--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=400", "--data.row_length=800",
+    "--data.max_patches=16", "--model.attention=vq", "--model.vq.codes=32", "--model.vq.window=24",
+)  # fmt: skip
+VQ_SHAPES = {
+    "documents in the window": ("--model.attention=vq", "--model.vq.window=64", "--model.vq.codes=32"),
+    "long documents": LONG,
+    "grouped queries": (*LONG, "--model.num_heads=4", "--model.num_kv_heads=2"),
+    "block band": (*LONG, "--model.vq.band=block"),
+    "in chunks": (*LONG, "--model.vq.chunk_blocks=3"),
+    "grouped queries in chunks, block band": (
+        *LONG, "--model.num_heads=4", "--model.num_kv_heads=2", "--model.vq.band=block", "--model.vq.chunk_blocks=1",
+    ),
+    "no gradient through the cache": (*LONG, "--model.vq.grad_through_cache=false"),
+    "rotation": (*LONG, "--model.vq.gradient=rotation"),
+    "diveq": (*LONG, "--model.vq.gradient=diveq"),
+    "hybrid": (*LONG, "--model.attention=[dense,vq]"),
+}  # fmt: skip
 PRECISIONS = ("fp32", "bf16")
 CPU = torch.device("cpu")
 
@@ -67,7 +85,7 @@ def estimate_of(config: Config, batch: Batch, vocabulary_size: int, world: int =
     text, image = batch.counts()
     return estimate.of(
         config, vocabulary_size, world, batch.token_BS.numel(), batch.documents.squared_lengths, text,
-        len(batch.patches_NP), image, sum(group.slot_GL.numel() for group in batch.documents.groups), device,
+        len(batch.patches_NP), image, [tuple(group.slot_GL.shape) for group in batch.documents.groups], device,
     )  # fmt: skip
 
 
@@ -106,9 +124,9 @@ def kept(found: estimate.Estimate, batch: Batch, vocabulary_size: int) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_what_autograd_keeps(shape: str, precision: str) -> None:
-    config = config_of(*SHAPES[shape], f"--run.precision={precision}")
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *VQ_SHAPES.values()], ids=[*SHAPES, *(f"vq-{s}" for s in VQ_SHAPES)])
+def test_activations_are_what_autograd_keeps(shape: tuple[str, ...], precision: str) -> None:
+    config = config_of(*shape, f"--run.precision={precision}")
     model, batch, vocabulary_size = make(config)
     expected = estimate_of(config, batch, vocabulary_size)
     activations, casts = saved(model, batch, CPU, precision == "bf16")
