@@ -86,7 +86,7 @@ class Ropeway(nn.Module):
                     nn.init.normal_(self.text_head.weight, std=0.02)
             self.diffusion_head.initialise(writable)
             for codebook in self.codebooks().values():
-                codebook.initialise()
+                codebook.initialise(writable)
 
     def codebooks(self) -> dict[str, Codebook]:
         """The codebook of every quantised layer, by name."""

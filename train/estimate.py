@@ -253,9 +253,11 @@ def _collectives(config: Config, vocabulary_size: int, bf16: bool) -> dict[str, 
 
 
 def _in_linears(model: ModelConfig) -> int:
-    """Parameters of linears: all but embeddings, text head and norms."""
+    """Parameters of linears: all but embeddings, text head, norms and codebooks."""
     norms = model.num_layers * 2 * (model.dim + (model.head_width if model.qk_norm else 0)) + model.dim
-    return sum(model.num_parameters(0).values()) - norms - 2 * model.head.width * model.head.depth
+    return (
+        sum(model.num_parameters(0).values()) - norms - model.codebook_maps() - 2 * model.head.width * model.head.depth
+    )
 
 
 def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
@@ -307,14 +309,15 @@ def _attended(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -
 
 
 def _quantised(model: ModelConfig, keeps: _Keeps) -> int:
-    """Of one slot in one codebook: the error of each key, whether it counts, and what the gradient rule keeps."""
+    """Of one slot in one codebook: the error of each key, whether it counts, and what the gradient rule and the
+    gradient of a map keep."""
     keys, heads = model.kv_heads * model.head_width, model.kv_heads
     rule = {
         "straight": 0,
         "rotation": keeps.product * (4 * keys + 2 * heads) + heads,
         "diveq": keeps.product * (2 * keys + heads),
     }
-    return 4 * keys + 1 + rule[model.vq.gradient]
+    return 4 * keys + 1 + rule[model.vq.gradient] + (8 * heads if model.vq.codebook == "simvq" else 0)  # their codes
 
 
 def _attended_vq(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:

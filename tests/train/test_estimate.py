@@ -61,6 +61,7 @@ VQ_SHAPES = {
     "no gradient through the cache": (*LONG, "--model.vq.grad_through_cache=false"),
     "rotation": (*LONG, "--model.vq.gradient=rotation"),
     "diveq": (*LONG, "--model.vq.gradient=diveq"),
+    "simvq": (*LONG, "--model.vq.codebook=simvq"),
     "hybrid": (*LONG, "--model.attention=[dense,vq]"),
 }  # fmt: skip
 PRECISIONS = ("fp32", "bf16")
@@ -124,7 +125,9 @@ def kept(found: estimate.Estimate, batch: Batch, vocabulary_size: int) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", [*SHAPES.values(), *VQ_SHAPES.values()], ids=[*SHAPES, *(f"vq-{s}" for s in VQ_SHAPES)])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), *VQ_SHAPES.values()], ids=[*SHAPES, *(f"vq-{s}" for s in VQ_SHAPES)]
+)
 def test_activations_are_what_autograd_keeps(shape: tuple[str, ...], precision: str) -> None:
     config = config_of(*shape, f"--run.precision={precision}")
     model, batch, vocabulary_size = make(config)
