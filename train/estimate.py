@@ -205,10 +205,10 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
     """The fields of Estimate that follow from the number of parameters."""
     model, engine, keep, stage = config.model, config.engine, config.checkpoint, _stage(config)
     numbers = sum(model.num_parameters(vocabulary_size).values())
-    part, table = -(-numbers // world), vocabulary_size * model.dim
+    part, table, books = -(-numbers // world), vocabulary_size * model.dim, _codebooks(model)
     gradients = 4 * (part if stage >= 2 else numbers)
     optimizer = 12 * part if stage else 8 * numbers
-    host = 4 * numbers if keeps.cuda and (stage < 3 or config.eval.every) else 0
+    host = 4 * (numbers + books) if keeps.cuda and (stage < 3 or config.eval.every) else 0
     if engine.offload and stage:
         host += 20 * part  # weights, both moments, gradient, and its sum over micro-batches
         gradients, optimizer = gradients if stage == 1 else 0, 0
@@ -221,17 +221,17 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
         casts = 2 * (_in_linears(model) - time + table)
     # One bucket for what is sent in float32 and one for bfloat16; stages 1 and 2 fill both with float32.
     bucket = (0, 4, 4, 4)[stage] + ((0, 4, 4, 2)[stage] if keeps.bf16 else 0)
-    checkpoint = 16 * numbers
+    checkpoint = 16 * numbers + 8 * books
     checkpoints = keep.keep_last + (config.run.steps // keep.keep_every if keep.keep_every else 0) + 1
     return {
-        "weights": 4 * (part if stage == 3 else numbers),
+        "weights": 4 * (part if stage == 3 else numbers) + 8 * books,  # and the sums for their next step
         "gradients": gradients,
         "optimizer": optimizer,
-        "average": 4 * part,
+        "average": 4 * (part + -(-books // world)),
         "casts": casts,
         "gathered": gathered,
         "buckets": bucket * _zero(config, "reduce_bucket_size", REDUCE_BUCKET),
-        "evaluation": 4 * numbers if config.eval.every else 0,
+        "evaluation": 4 * (numbers + books) if config.eval.every else 0,
         "host": host,
         "saving": checkpoint if keep.background else min(checkpoint, 2 * SHARD_BYTES),
         "checkpoint": checkpoint,
@@ -244,12 +244,19 @@ def _collectives(config: Config, vocabulary_size: int, bf16: bool) -> dict[str, 
     else is float32."""
     numbers, micro_batches = sum(config.model.num_parameters(vocabulary_size).values()), config.engine.micro_batches
     mixed = 4 * numbers - (2 * _in_linears(config.model) if bf16 else 0)
+    books = 4 * _codebooks(config.model)
     if (stage := _stage(config)) == 0:
-        return {"all-reduce": 4 * numbers}
+        return {"all-reduce": 4 * numbers + books}
     if stage < 3:  # All ranks get whole sums, of which each keeps its part; at stage 2 after every micro-batch.
-        return {"all-reduce": mixed * (micro_batches if stage == 2 else 1), "all-gather": 4 * numbers}
+        return {"all-reduce": mixed * (micro_batches if stage == 2 else 1) + books, "all-gather": 4 * numbers}
     joined = mixed * (2 * numbers - _reused(config, numbers)) // numbers  # once for each direction
-    return {"reduce-scatter": micro_batches * mixed, "all-gather": micro_batches * joined}
+    sums = {"all-reduce": books} if books else {}
+    return {"reduce-scatter": micro_batches * mixed, "all-gather": micro_batches * joined} | sums
+
+
+def _codebooks(model: ModelConfig) -> int:
+    """Numbers of all codebooks, which every rank holds whole: a sum of keys and a count for every codeword."""
+    return model.layer_kinds.count("vq") * model.kv_heads * model.vq.codes * (model.head_width + 1)
 
 
 def _in_linears(model: ModelConfig) -> int:
@@ -372,4 +379,6 @@ def _head_ends(model: ModelConfig, keeps: _Keeps, recompute: bool) -> int:
     if recompute:  # blocks then read one float32 tensor, of which the last modulation may have its own cast
         modulator = 4 + 4 + (keeps.read(1) if keeps.read(1) < 4 else 0)
     final = width * (keeps.layer_norm + keeps.product + keeps.modulated) + 8
-    return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width
+    # ddpm: both factors of a product in its divergence; shortcut: the index of the jump's size.
+    objective = {"ddpm": 8 * model.patch_width + 4, "shortcut": 8}.get(model.head.objective, 0)
+    return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width + objective

@@ -1,6 +1,7 @@
 """The estimate against what autograd, the optimizer, the disk and the ranks really hold and send."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import communication
 from benchmarks.report import RESULTS, table
+from model.attention import vq
 from model.batch import Batch
 from model.ropeway import Ropeway
 from tests.train.support import TINY, start
@@ -44,6 +46,9 @@ SHAPES = {
     "mostly text": ("--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=150"),
     "tied": ("--model.output_embedding=tied_half_swap",),
     "velocity": ("--model.head.prediction=v",),
+    "ddpm": ("--model.head.objective=ddpm", "--model.head.path=cosine", "--model.head.draws=12"),
+    "shortcut": ("--model.head.objective=shortcut", "--model.head.draws=8"),
+    "consistency": ("--model.head.objective=consistency", "--model.head.time_law=uniform"),
 }
 LONG = (
     "--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=400", "--data.row_length=800",
@@ -96,7 +101,7 @@ def saved(model: Ropeway, batch: Batch, device: torch.device, bf16: bool) -> tup
     batch = batch.to(device)
     columns = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     groups = [tensor for group in batch.documents.groups for tensor in (group.slot_GL, group.valid_GL)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *columns, *groups)}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.tensors().values(), *columns, *groups)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -162,13 +167,22 @@ def test_activation_checkpointing_keeps_the_inputs_of_blocks(shape: str, precisi
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", ["deep", "mostly head"])
-def test_activations_with_the_norms_of_a_gpu(monkeypatch: pytest.MonkeyPatch, shape: str, precision: str) -> None:
-    """CUDA's autocast computes norms in float32 and its RMSNorm keeps only its input: the same here, in Python."""
+@pytest.mark.parametrize("shape", ["deep", "mostly head", "vq-long documents", "vq-in chunks", "vq-grouped queries"])
+def test_activations_with_norms_and_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch, shape: str,
+                                                    precision: str) -> None:  # fmt: skip
+    """CUDA's autocast computes norms in float32 and its RMSNorm keeps only its input: the same here, in Python. Of the
+    Triton kernel only what it keeps, without its work."""
+    options = SHAPES.get(shape) or VQ_SHAPES[shape.removeprefix("vq-")]
+    if shape.startswith("vq"):
+        pytest.importorskip("triton", reason="Triton is not installed (extra `dev`, on Linux)")
+        from model.attention import kernel
+
+        monkeypatch.setattr(vq, "_has_kernel", lambda x: True)
+        monkeypatch.setattr(kernel, "_forward", defaultdict(lambda: lambda *arguments, **constants: None))
     layer_norm = torch.nn.functional.layer_norm
     monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, _, w, eps: FusedRMSNorm.apply(x.float(), w, eps))
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *a, **k: layer_norm(x.float(), *a, **k))
-    config = config_of(*SHAPES[shape], f"--run.precision={precision}")
+    config = config_of(*options, f"--run.precision={precision}")
     model, batch, vocabulary_size = make(config)
     expected = estimate_of(config, batch, vocabulary_size, device=torch.device("cuda"))
     activations, _ = saved(model, batch, CPU, precision == "bf16")
@@ -209,8 +223,9 @@ def test_activations_on_a_gpu(shape: str, precision: str) -> None:
     assert kept(expected, batch, vocabulary_size) == pytest.approx(activations, rel=0.15)
 
 
-def test_state_of_the_torch_engine_is_exact() -> None:
-    config = config_of()
+@pytest.mark.parametrize("shape", [(), LONG, VQ_SHAPES["simvq"]], ids=["dense", "vq", "simvq"])
+def test_state_of_the_torch_engine_is_exact(shape: tuple[str, ...]) -> None:
+    config = config_of(*shape)
     _, batch, vocabulary_size = make(config)
     tokenizer = pipeline.make_tokenizer(config.data)
     model = build_model(config, tokenizer)
@@ -220,7 +235,8 @@ def test_state_of_the_torch_engine_is_exact() -> None:
     engine.micro_step(batch, Counts(*batch.counts()), is_last=True)
     expected = estimate_of(config, batch, vocabulary_size)
     parameters = list(engine.model.parameters())
-    assert sum(p.nbytes for p in parameters) == expected.weights
+    sums = sum(book.pending.nbytes - 8 for book in engine.model.codebooks().values() if book.pending is not None)
+    assert sum(tensor.nbytes for tensor in engine.model.tensors().values()) + sums == expected.weights
     assert sum(p.grad.nbytes for p in parameters if p.grad is not None) == expected.gradients
     engine.step(1e-3)
     moments = [value for state in engine.optimizer.state.values() for key, value in state.items() if key != "step"]
