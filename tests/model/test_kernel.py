@@ -33,8 +33,8 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _patched_once() -> Iterator[None]:
-    """The interpreter patches Triton's language for every call of a helper, which takes most of the time: only once, and
-    undone at the end."""
+    """The interpreter patches Triton's language for every call of a helper, which takes most of the time: only once,
+    and undone at the end."""
     patch, scopes = interpreter._patch_lang, []
 
     @functools.cache

@@ -112,7 +112,8 @@ def saved(model: Ropeway, batch: Batch, device: torch.device, bf16: bool) -> tup
 
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, bf16):
         losses = model(batch)
-    weights = [view for p in model.parameters() for view in (p.detach().bfloat16(), p.detach().bfloat16().t())]
+    matrices = [p.detach().bfloat16() for p in model.parameters() if p.dim() <= 2]
+    weights = [view for matrix in matrices for view in (matrix, matrix.t())]
 
     def is_cast(tensor: Tensor) -> bool:
         return tensor.dtype == torch.bfloat16 and any(w.shape == tensor.shape and w.equal(tensor) for w in weights)
