@@ -249,4 +249,4 @@ def _estimate(config: Config, gpus: int) -> estimate.Estimate:
     document = config.data.max_patches / PATCH_SHARE
     vocabulary = pipeline.make_tokenizer(config.data).vocab_size
     return estimate.of(config, vocabulary, gpus, slots, round(slots * document), slots - patches, patches, patches,
-                       attended=slots, device=torch.device("cuda"))  # fmt: skip
+                       groups=[(1, slots)], device=torch.device("cuda"))  # fmt: skip

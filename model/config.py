@@ -208,6 +208,11 @@ class ModelConfig:
         attention = self.dim * self.head_width * 2 * (self.num_heads + self.kv_heads)
         return attention + 3 * self.dim * self.ffn_width
 
+    def codebook_maps(self) -> int:
+        """Parameters of all codebooks: those of kind simvq have a matrix per key/value head."""
+        has_maps = self.vq.codebook == "simvq"
+        return has_maps * self.layer_kinds.count("vq") * self.kv_heads * self.head_width**2
+
     def num_parameters(self, vocabulary_size: int) -> dict[str, int]:
         """Trainable parameters of each part; their sum is the whole model."""
         per_layer = self._layer_matrices() + 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
@@ -215,7 +220,7 @@ class ModelConfig:
         embed = patch * rank + rank * dim + dim if rank else patch * dim + dim
         tokens = vocabulary_size * dim * (2 if self.output_embedding == "untied" else 1)
         return {
-            "backbone": self.num_layers * per_layer + dim,
+            "backbone": self.num_layers * per_layer + dim + self.codebook_maps(),
             "tokens": tokens,
             "patch_embedding": embed,
             "diffusion_head": self._head_parameters(),

@@ -98,7 +98,7 @@ class Ropeway(nn.Module):
                 if head:
                     head.initialise(writable)
             for codebook in self.codebooks().values():
-                codebook.initialise()
+                codebook.initialise(writable)
 
     def codebooks(self) -> dict[str, Codebook]:
         """The codebook of every quantised layer, by name."""

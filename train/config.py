@@ -165,7 +165,8 @@ class OptimSection:
     image_weight: float = 1.0
     """Weight of the image loss (velocity error per patch)."""
     commit_weight: float = 1e-4
-    """Weight of the distance of quantised keys to their codewords, in layers of attention vq."""
+    """Weight of the distance of quantised keys to their codewords, in layers of attention vq. It draws keys to their
+    codewords and, with model.vq.codebook simvq, these to their keys."""
     max_skipped: int = 10
     """Stop after this many non-finite steps in a row, with the rows of the last one saved in run.dir/non_finite."""
     spike: float = 2.0
@@ -307,6 +308,9 @@ class Config:
         for stage in data.stages:
             if stage.weights and not any(weighted):
                 raise ValueError(f"the stage from step {stage.from_step} has weights; give every source of data one")
+        if self.model.codebook_maps() and not self.optim.commit_weight:
+            raise ValueError("optim.commit_weight is 0; with model.vq.codebook simvq it must be positive, "
+                             "as nothing else moves the codewords")  # fmt: skip
         most = max(data.max_patches, *(stage.max_patches or 0 for stage in data.stages), 0)
         if "vq" in self.model.layer_kinds and self.model.vq.window < most:
             raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "

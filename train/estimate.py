@@ -8,7 +8,7 @@ Not in it: the temporaries of single operations, the allocator's fragmentation, 
 few scalars that ranks exchange. Allow ten per cent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,21 +88,22 @@ class Estimate:
 def of(
     config: Config, vocabulary_size: int, world: int,
     slots: int, squared_lengths: int, num_text: int, num_patches: int, num_learned_patches: int,
-    attended: int | None = None, device: torch.device | None = None,
+    groups: Sequence[tuple[int, int]] | None = None, device: torch.device | None = None,
 ) -> Estimate:  # fmt: skip
     """The estimate for one rank whose micro-batches hold what is given.
 
     Args:
         slots: of the micro-batch, padding included. squared_lengths: sum over its documents of length squared.
         num_text, num_learned_patches: learned text tokens and patches. num_patches: patches that are read.
-        attended: slots of the groups in which documents are attended, with their padding (Documents.groups); default:
-            the most that there can be, twice the slots.
+        groups: in which documents are attended (Documents.groups), each with the number of its documents and the slots
+            of the longest; default: the most that there can be, twice the slots in documents as long as rows.
         device: default: that of run.device.
     """
     model, micro_batches = config.model, config.engine.micro_batches
     device = device or pick_device(config.run.device)
     keeps = _Keeps(uses_bf16(config.run.precision, device), device.type == "cuda", _stage(config) == 3)
-    counts = (slots, 2 * slots if attended is None else attended, num_text, num_patches, num_learned_patches)
+    groups = [(-(-2 * slots // config.data.row_length), config.data.row_length)] if groups is None else groups
+    counts = (slots, groups, num_text, num_patches, num_learned_patches)
     return Estimate(
         world=world,
         flops=micro_batches
@@ -203,10 +204,10 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
     """The fields of Estimate that follow from the number of parameters."""
     model, engine, keep, stage = config.model, config.engine, config.checkpoint, _stage(config)
     numbers = sum(model.num_parameters(vocabulary_size).values())
-    part, table = -(-numbers // world), vocabulary_size * model.dim
+    part, table, books = -(-numbers // world), vocabulary_size * model.dim, _codebooks(model)
     gradients = 4 * (part if stage >= 2 else numbers)
     optimizer = 12 * part if stage else 8 * numbers
-    host = 4 * numbers if keeps.cuda and (stage < 3 or config.eval.every) else 0
+    host = 4 * (numbers + books) if keeps.cuda and (stage < 3 or config.eval.every) else 0
     if engine.offload and stage:
         host += 20 * part  # weights, both moments, gradient, and its sum over micro-batches
         gradients, optimizer = gradients if stage == 1 else 0, 0
@@ -220,17 +221,17 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
         casts = 2 * (_in_linears(model) - time + table)
     # One bucket for what is sent in float32 and one for bfloat16; stages 1 and 2 fill both with float32.
     bucket = (0, 4, 4, 4)[stage] + ((0, 4, 4, 2)[stage] if keeps.bf16 else 0)
-    checkpoint = 16 * numbers
+    checkpoint = 16 * numbers + 8 * books
     checkpoints = keep.keep_last + (config.run.steps // keep.keep_every if keep.keep_every else 0) + 1
     return {
-        "weights": 4 * (part if stage == 3 else numbers),
+        "weights": 4 * (part if stage == 3 else numbers) + 8 * books,  # and the sums for their next step
         "gradients": gradients,
         "optimizer": optimizer,
-        "average": 4 * part,
+        "average": 4 * (part + -(-books // world)),
         "casts": casts,
         "gathered": gathered,
         "buckets": bucket * _zero(config, "reduce_bucket_size", REDUCE_BUCKET),
-        "evaluation": 4 * numbers if config.eval.every else 0,
+        "evaluation": 4 * (numbers + books) if config.eval.every else 0,
         "host": host,
         "saving": checkpoint if keep.background else min(checkpoint, 2 * SHARD_BYTES),
         "checkpoint": checkpoint,
@@ -243,36 +244,49 @@ def _collectives(config: Config, vocabulary_size: int, bf16: bool) -> dict[str, 
     else is float32."""
     numbers, micro_batches = sum(config.model.num_parameters(vocabulary_size).values()), config.engine.micro_batches
     mixed = 4 * numbers - (2 * _in_linears(config.model) if bf16 else 0)
+    books = 4 * _codebooks(config.model)
     if (stage := _stage(config)) == 0:
-        return {"all-reduce": 4 * numbers}
+        return {"all-reduce": 4 * numbers + books}
     if stage < 3:  # All ranks get whole sums, of which each keeps its part; at stage 2 after every micro-batch.
-        return {"all-reduce": mixed * (micro_batches if stage == 2 else 1), "all-gather": 4 * numbers}
+        return {"all-reduce": mixed * (micro_batches if stage == 2 else 1) + books, "all-gather": 4 * numbers}
     joined = mixed * (2 * numbers - _reused(config, numbers)) // numbers  # once for each direction
-    return {"reduce-scatter": micro_batches * mixed, "all-gather": micro_batches * joined}
+    sums = {"all-reduce": books} if books else {}
+    return {"reduce-scatter": micro_batches * mixed, "all-gather": micro_batches * joined} | sums
+
+
+def _codebooks(model: ModelConfig) -> int:
+    """Numbers of all codebooks, which every rank holds whole: a sum of keys and a count for every codeword."""
+    return model.layer_kinds.count("vq") * model.kv_heads * model.vq.codes * (model.head_width + 1)
 
 
 def _in_linears(model: ModelConfig) -> int:
-    """Parameters of linears: all but embeddings, text head and norms."""
+    """Parameters of linears: all but embeddings, text head, norms and codebooks."""
     norms = model.num_layers * 2 * (model.dim + (model.head_width if model.qk_norm else 0)) + model.dim
     norms += 2 * model.head.width * model.head.depth if model.image_mode == "autoregressive" else 0
-    return sum(model.num_parameters(0).values()) - norms
+    return sum(model.num_parameters(0).values()) - norms - model.codebook_maps()
 
 
 def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
-                 slots: int, attended: int, text: int, patches: int, targets: int) -> dict[str, int]:  # fmt: skip
+                 slots: int, groups: Sequence[tuple[int, int]], text: int, patches: int, targets: int,
+                 ) -> dict[str, int]:  # fmt: skip
     """The fields of Estimate that follow from what a micro-batch holds."""
     model, draws = config.model, targets * config.model.head.draws
     whole_images = model.image_mode == "transfusion"
     if whole_images:  # no diffusion head
         draws = 0
     chunk = min(text, max(1, CHUNK_ELEMENTS // vocabulary_size))  # beyond one chunk the logits are made again
-    block = slots * _block(model, keeps) + attended * _attended(model, keeps)
+    attended = {
+        "dense": sum(_attended(model, keeps, *group) for group in groups),
+        "vq": slots * _quantised(model, keeps) + sum(_attended_vq(model, keeps, *group) for group in groups),
+    }
+    blocks = [slots * _block(model, keeps) + attended[kind] for kind in model.layer_kinds]
     head_block = draws * _head_block(model.head.width, keeps)
     recompute = config.engine.activation_checkpointing
     cast = draws * model.head.width * (keeps.read(2) - keeps.read(1))  # each block's own, of the modulator
-    recomputed = max(block, head_block + cast) if recompute else 0
+    recomputed = max(*blocks, head_block + cast) if recompute else 0
     if recompute:  # blocks keep their inputs: the residual stream, in the head the stream and the modulator
-        block, head_block = slots * 4 * model.dim, draws * keeps.product * model.head.width
+        blocks = [slots * 4 * model.dim] * model.num_layers
+        head_block = draws * keeps.product * model.head.width
     around = (
         slots * (4 * model.head_width + keeps.rms * model.dim + 4)  # angles, final norm
         + patches * (keeps.read(1) * model.patch_width + keeps.product * (model.patch_bottleneck or 0))
@@ -281,7 +295,7 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
         + whole_images * patches * 4 * (TIME_FEATURES + 3 * model.dim + 3 * model.patch_width)
     )
     return {
-        "activations": model.num_layers * block + around,
+        "activations": sum(blocks) + around,
         "head": model.head.depth * head_block + draws * _head_ends(model, keeps, recompute),
         "recomputed": recomputed,
         "logits": 12 * chunk * vocabulary_size,
@@ -289,7 +303,7 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
 
 
 def _block(model: ModelConfig, keeps: _Keeps) -> int:
-    """Of one slot in one block of the backbone, without `_attended`."""
+    """Of one slot in one block of the backbone, without what its kind of attention keeps."""
     width, heads = model.head_width, model.num_heads
     normed = heads + model.kv_heads if model.qk_norm else 0
     norms = keeps.rms * (2 * model.dim + normed * width) + 4 * (2 + normed)  # the root of each mean square
@@ -298,9 +312,59 @@ def _block(model: ModelConfig, keeps: _Keeps) -> int:
     return norms + inputs + outputs + 4 * keeps.product * model.ffn_width  # gate, silu(gate), up, their product
 
 
-def _attended(model: ModelConfig, keeps: _Keeps) -> int:
-    """Of one slot of the gathered documents: q, k, v, the output, and the logarithm of each softmax's sum."""
-    return keeps.product * 2 * (model.num_heads + model.kv_heads) * model.head_width + 4 * model.num_heads
+def _attended(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:
+    """Of a group of documents: q, k, v, the output, and the logarithm of each softmax's sum."""
+    slot = keeps.product * 2 * (model.num_heads + model.kv_heads) * model.head_width + 4 * model.num_heads
+    return documents * longest * slot
+
+
+def _quantised(model: ModelConfig, keeps: _Keeps) -> int:
+    """Of one slot in one codebook: the error of each key, whether it counts, and what the gradient rule and the
+    gradient of a map keep."""
+    keys, heads = model.kv_heads * model.head_width, model.kv_heads
+    rule = {
+        "straight": 0,
+        "rotation": keeps.product * (4 * keys + 2 * heads) + heads,
+        "diveq": keeps.product * (2 * keys + heads),
+    }
+    return 4 * keys + 1 + rule[model.vq.gradient] + (8 * heads if model.vq.codebook == "simvq" else 0)  # their codes
+
+
+def _attended_vq(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:
+    """Of a group of documents in blocks: q and output, keys and values of every set of keys, and, for all blocks but
+    the last two, mean value and log count of the codewords. The Triton kernel has one tensor for all sets; PyTorch
+    repeats the keys of grouped queries for each."""
+    vq, number, strict = model.vq, keeps.product, model.vq.band == "strict"
+    if longest <= (vq.window + 1 if strict else 2 * vq.window):
+        return _attended(model, keeps, documents, longest)
+    width, queries, keys = model.head_width, model.num_heads * model.head_width, model.kv_heads * model.head_width
+    repeats = model.num_heads != model.kv_heads and not keeps.cuda
+    slots, blocks = documents * vq.window, -(-longest // vq.window)  # slots of one block
+    kept = 8 * slots * blocks  # where they lie in the rows
+    for begin in range(0, blocks, vq.chunk_blocks):
+        lead = min(2, begin)
+        own = min(vq.chunk_blocks, blocks - begin)
+        held = lead + own
+        far, behind = max(0, held - 2), held - max(lead, 1)
+        between = (strict and held > 1) or keeps.cuda
+        kept += own * slots * (number * queries + 4 * model.num_heads)  # output, log of the softmax's sum
+        kept += held * slots * number * queries * (2 if between or far else 1)  # q, rotated in two ways
+        kept += 0 if keeps.cuda or not between else 2 * number * vq.window**2  # masks
+        heads = model.num_heads if repeats else model.kv_heads
+        if repeats:
+            kept += 2 * slots * number * queries * (own + behind * (2 if between else 1))
+        else:
+            kept += held * slots * number * keys * (3 if between else 2)
+        if far:
+            kept += documents * vq.codes * heads * far * (number * width * (2 if repeats else 1) + 4)
+            kept += 0 if repeats else number * vq.codes * keys  # the codewords, else as many as mean values
+        if vq.grad_through_cache:  # codes, their counts, and values in float32: a copy, where those kept are none
+            kept += far * (8 * slots * model.kv_heads + 4 * documents * model.kv_heads * vq.codes)
+            if number < 4:
+                kept += far * slots * 4 * keys
+            elif repeats:
+                kept += held * slots * 4 * keys
+    return kept
 
 
 def _head_block(width: int, keeps: _Keeps) -> int:
@@ -318,4 +382,6 @@ def _head_ends(model: ModelConfig, keeps: _Keeps, recompute: bool) -> int:
     if recompute:  # blocks then read one float32 tensor, of which the last modulation may have its own cast
         modulator = 4 + 4 + (keeps.read(1) if keeps.read(1) < 4 else 0)
     final = width * (keeps.layer_norm + keeps.product + keeps.modulated) + 8
-    return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width
+    # ddpm: both factors of a product in its divergence; shortcut: the index of the jump's size.
+    objective = {"ddpm": 8 * model.patch_width + 4, "shortcut": 8}.get(model.head.objective, 0)
+    return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width + objective

@@ -139,10 +139,14 @@ def load_weights(model: Ropeway, weights: Mapping[str, torch.Tensor], where: str
                  writable: Callable[[torch.Tensor], AbstractContextManager] = nullcontext,
                  may_lack_codebooks: bool = False) -> None:  # fmt: skip
     """Copy weights and codebooks by name, parameters within writable(parameter). Raises ValueError naming what is
-    missing, unexpected or of another shape. may_lack_codebooks: those that are missing are left alone, to be fitted."""
+    missing, unexpected or of another shape. may_lack_codebooks: what is missing of them is new, to be fitted."""
     own = model.tensors()
     if may_lack_codebooks:
-        own = {name: tensor for name, tensor in own.items() if isinstance(tensor, nn.Parameter) or name in weights}
+        for name, codebook in model.codebooks().items():
+            lacking = {f"{name}.{part}" for part in codebook.state_dict()} - weights.keys()
+            if lacking:
+                codebook.initialise(writable)
+            own = {name: tensor for name, tensor in own.items() if name not in lacking}
     for problem, names in (
         ("misses", sorted(own.keys() - weights.keys())),
         ("holds unexpected", sorted(weights.keys() - own.keys())),

@@ -13,12 +13,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) that decays matrices, but not embeddings, norms, biases and the head's modulation."""
+    """AdamW (arXiv 1711.05101) that decays matrices, but not embeddings, codebooks, norms, biases and the head's
+    modulation."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves the parameter itself empty
-        exempt = dimensions < 2 or "embedding" in name or "modulation" in name or name == "text_head.weight"
+        exempt = dimensions < 2 or name == "text_head.weight"
+        exempt |= any(part in name for part in ("embedding", "modulation", "codebook"))
         (free if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

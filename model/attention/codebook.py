@@ -3,8 +3,13 @@
 Codewords are no parameters: they follow the keys (Lingle, arXiv 2309.16354). Each forward pass hands out sums over its
 keys (`Quantised.sums`); a trainer adds them up over micro-batches and ranks, and gives them to `update` once per
 optimizer step. Codewords, distances and counts are float32 or wider.
+
+With SimVQ (Zhu et al., arXiv 2411.02038) they stand still, and a linear map of each head moves all of them together.
+The map is a parameter; its gradient comes from the distance to the keys alone.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -30,6 +35,9 @@ class VQConfig:
     band: Literal["strict", "block"] = "strict"
     """strict: the window ends exactly `window` slots before the query. block: it begins with the block before that of
     the query, which is faster, but the result depends on where blocks begin."""
+    codebook: Literal["average", "simvq"] = "average"
+    """average: codewords are a moving average of their keys. simvq: they are the first k-means of the keys times a
+    learned matrix per head, so that none is left behind."""
     decay: float = 0.99
     """Of the moving average, per optimizer step."""
     gradient: Literal["straight", "rotation", "diveq"] = "straight"
@@ -53,13 +61,16 @@ class VQConfig:
             raise ValueError(f"model.vq.decay is {self.decay}; it must lie in 0 <= x < 1")
         if not self.reset_below >= 0:
             raise ValueError(f"model.vq.reset_below is {self.reset_below}; it must not be negative")
+        if self.reset_below and self.codebook == "simvq":
+            raise ValueError(f"model.vq.reset_below is {self.reset_below}; with model.vq.codebook simvq it must be 0")
 
 
 class Quantised(NamedTuple):
     """What a forward pass in training tells about its keys."""
 
     commit: Tensor
-    """Squared distance of keys to their codewords over sqrt(E), summed over slots and heads; with a gradient."""
+    """Squared distance of keys to their codewords over sqrt(E), summed over slots and heads; with a gradient to the
+    keys and, with SimVQ, to the map."""
     sums: Tensor
     """Flat, for `Codebook.update`: per codeword sum and number of its keys; then squared errors and keys."""
 
@@ -75,6 +86,7 @@ class Codebook(nn.Module):
         self.config = config
         self.register_buffer("key_sum_KCE", torch.empty(heads, config.codes, width, dtype=torch.float32))
         self.register_buffer("count_KC", torch.empty(heads, config.codes, dtype=torch.float32))
+        self.map_KEE = nn.Parameter(torch.empty(heads, width, width)) if config.codebook == "simvq" else None
         self.fitting = False
         """While True, a forward pass first moves the codewords to the means of its keys."""
         self.pending: Tensor | None = None
@@ -83,27 +95,32 @@ class Codebook(nn.Module):
         """About the keys of the last update: perplexity of codes, relative error, codes hardly in use."""
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Random codewords, as long as keys after RMSNorm."""
+    def initialise(self, writable: Callable[[Tensor], AbstractContextManager] = nullcontext) -> None:
+        """Random codewords, as long as keys after RMSNorm; the map is the identity. writable: as in Ropeway."""
         self.key_sum_KCE.copy_(torch.randn(self.key_sum_KCE.shape))
         self.count_KC.fill_(1)
+        if self.map_KEE is not None:
+            with writable(self.map_KEE):
+                self.map_KEE.copy_(torch.eye(self.map_KEE.shape[-1]))
 
     @property
     def codewords_KCE(self) -> Tensor:
-        return self.key_sum_KCE / self.count_KC.clamp(min=_LEAST_COUNT).unsqueeze(-1)
+        words_KCE = self.key_sum_KCE / self.count_KC.clamp(min=_LEAST_COUNT).unsqueeze(-1)
+        return words_KCE if self.map_KEE is None else words_KCE @ self.map_KEE
 
-    def forward(self, k_BSKE: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor, Quantised | None]:
-        """Nearest codewords in place of the keys, (B, S, K, E) with a gradient; their numbers, (B, S, K); and in
-        training what there is to tell. real_BS: False where keys are padding, which no statistics may hold."""
+    def forward(self, k_BSKE: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Quantised | None]:
+        """Nearest codewords in place of the keys, (B, S, K, E) with a gradient; their numbers, (B, S, K); all of the
+        codewords, (K, C, E) without a gradient; and in training what there is to tell. real_BS: False where keys are
+        padding, which no statistics may hold."""
         with torch.autocast(k_BSKE.device.type, enabled=False):
             key_XKE = k_BSKE.detach().flatten(0, 1).to(self.key_sum_KCE.dtype)
             if self.fitting:
                 self._fit(key_XKE[real_BS.flatten()])
             codewords_KCE = self.codewords_KCE
-            code_XK = nearest(key_XKE, codewords_KCE)
+            code_XK = nearest(key_XKE, codewords_KCE.detach())
             heads = torch.arange(codewords_KCE.shape[0], device=code_XK.device)
             chosen_BSKE = codewords_KCE[heads, code_XK].view(k_BSKE.shape)
-            quantised = _pass(k_BSKE, chosen_BSKE.to(k_BSKE.dtype), self.config.gradient)
+            quantised = _pass(k_BSKE, chosen_BSKE.detach().to(k_BSKE.dtype), self.config.gradient)
             told = None
             if self.training:
                 error_BSKE = (k_BSKE.to(chosen_BSKE.dtype) - chosen_BSKE) * real_BS[..., None, None]
@@ -113,7 +130,7 @@ class Codebook(nn.Module):
                 energy = (key_XKE * real_X[:, None, None]).square().sum()
                 told = Quantised(squared * k_BSKE.shape[-1] ** -0.5,
                                  torch.cat((sums.flatten(), squared.detach()[None], energy[None])))  # fmt: skip
-        return quantised, code_XK.view(k_BSKE.shape[:-1]), told
+        return quantised, code_XK.view(k_BSKE.shape[:-1]), codewords_KCE.detach(), told
 
     def collect(self, told: Quantised) -> None:
         """Keep the sums of a forward pass for the next update. Activation checkpointing must not run this twice."""
@@ -128,13 +145,14 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, sums: Tensor) -> None:
-        """One step of the moving average, from the sums over all keys of an optimizer step."""
+        """One step of the moving average, if there is one, from the sums over all keys of an optimizer step."""
         heads, codes, width = self.key_sum_KCE.shape
         own = sums[:-2].view(heads, codes, width + 1)
         key_sum, count = own[..., :-1], own[..., -1]
         decay = self.config.decay
-        self.key_sum_KCE.mul_(decay).add_(key_sum, alpha=1 - decay)
-        self.count_KC.mul_(decay).add_(count, alpha=1 - decay)
+        if self.map_KEE is None:
+            self.key_sum_KCE.mul_(decay).add_(key_sum, alpha=1 - decay)
+            self.count_KC.mul_(decay).add_(count, alpha=1 - decay)
         if self.config.reset_below:
             self._reset()
         share = count / count.sum(-1, keepdim=True).clamp(min=1)
@@ -142,7 +160,7 @@ class Codebook(nn.Module):
         self.measured = {
             "vq/perplexity": float(entropy.exp().mean()),
             "vq/error": float((sums[-2] / sums[-1].clamp(min=1e-30)).sqrt()),
-            "vq/dead": float((self.count_KC < 1).double().mean()),
+            "vq/dead": float(((self.count_KC if self.map_KEE is None else count) < 1).double().mean()),
         }
 
     def _reset(self) -> None:

@@ -57,15 +57,15 @@ class VQAttention(nn.Module):
                 documents: Documents) -> tuple[Tensor, Quantised | None]:  # fmt: skip
         """Attend over whole rows; padding slots return zeros. Returns (B, S, H, E), and in training what the codebook
         has to tell."""
-        word_BSKE, code_BSK, told = self.codebook(k_BSKE, _real(documents, k_BSKE))
-        return self._attended(q_BSHE, word_BSKE, code_BSK, v_BSKE, angles, documents), told
+        word_BSKE, code_BSK, codewords_KCE, told = self.codebook(k_BSKE, _real(documents, k_BSKE))
+        return self._attended(q_BSHE, word_BSKE, code_BSK, codewords_KCE, v_BSKE, angles, documents), told
 
     def prefill(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
                 capacity: int) -> tuple[Tensor, VQState]:  # fmt: skip
         """Attend over prompts that begin at slot 0 of their row, and keep what decoding needs, for any capacity."""
         real_BS = _real(documents, k_BSKE)
-        word_BSKE, code_BSK, _ = self.codebook(k_BSKE, real_BS)
-        out = self._attended(q_BSHE, word_BSKE, code_BSK, v_BSKE, angles, documents)
+        word_BSKE, code_BSK, codewords_KCE, _ = self.codebook(k_BSKE, real_BS)
+        out = self._attended(q_BSHE, word_BSKE, code_BSK, codewords_KCE, v_BSKE, angles, documents)
         length_B, ring = real_BS.sum(1), self._ring
         place_R = torch.arange(ring, device=length_B.device)
         last_B1 = length_B[:, None] - 1
@@ -80,7 +80,8 @@ class VQAttention(nn.Module):
     def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, longest: int,
              state: VQState) -> Tensor:  # fmt: skip
         """One more slot for every sample, at a cost that does not depend on what went before. length_B: slots held."""
-        word_B1KE, code_B1K, _ = self.codebook(k_B1KE, torch.ones_like(length_B, dtype=torch.bool)[:, None])
+        real_B1 = torch.ones_like(length_B, dtype=torch.bool)[:, None]
+        word_B1KE, code_B1K, codewords_KCE, _ = self.codebook(k_B1KE, real_B1)
         ring, sample = self._ring, torch.arange(len(length_B), device=length_B.device)
         place = length_B % ring
         # The slot that gives way joins the sums, unless it did so when this one was first written.
@@ -99,8 +100,7 @@ class VQAttention(nn.Module):
             rotate(q_B1HE, turn)[:, 0].unflatten(1, (heads, -1)) for turn in (angles, self._beyond(angles))
         )
         near_BKGR = (near_BKGE @ state.key_BKRE.transpose(-1, -2)).to(wide)
-        codewords_KCE = self.codebook.codewords_KCE.to(q_B1HE.dtype)
-        far_BKGC = (far_BKGE @ codewords_KCE.transpose(-1, -2)).to(wide)
+        far_BKGC = (far_BKGE @ codewords_KCE.to(q_B1HE.dtype).transpose(-1, -2)).to(wide)
         if self.config.band == "block":
             in_band_BR = held_BR // self.window >= (length_B // self.window - 1)[:, None]
             between_BKGR = far_BKGC.gather(-1, state.code_BKR.unsqueeze(2).expand_as(near_BKGR))
@@ -130,9 +130,10 @@ class VQAttention(nn.Module):
         wide = torch.promote_types(v_BSKE.dtype, torch.float32)
         return v_BSKE.new_zeros(*shape, v_BSKE.shape[-1], dtype=wide), v_BSKE.new_zeros(shape, dtype=wide)
 
-    def _attended(self, q_BSHE: Tensor, word_BSKE: Tensor, code_BSK: Tensor, v_BSKE: Tensor, angles: Rotation,
-                  documents: Documents) -> Tensor:  # fmt: skip
+    def _attended(self, q_BSHE: Tensor, word_BSKE: Tensor, code_BSK: Tensor, codewords_KCE: Tensor, v_BSKE: Tensor,
+                  angles: Rotation, documents: Documents) -> Tensor:  # fmt: skip
         """word, code: the keys' codewords, with a gradient to the keys, and their numbers."""
+        codewords_KCE = codewords_KCE.to(q_BSHE.dtype)
         flat = [
             x.flatten(0, 1)
             for x in (
@@ -146,12 +147,10 @@ class VQAttention(nn.Module):
         ]
         out = torch.zeros_like(flat[0])
         for group in documents.groups:
-            attended = self._short(group, *flat[:3]) if self._is_short(group) else self._blocks(group, *flat)
+            is_short = group.slot_GL.shape[1] <= self._ring  # then every slot sees all of its past in the window
+            attended = self._short(group, *flat[:3]) if is_short else self._blocks(group, codewords_KCE, *flat)
             out = out.index_copy(0, group.slot_GL[group.valid_GL], attended[group.valid_GL])
         return out.view_as(q_BSHE)
-
-    def _is_short(self, group: Group) -> bool:
-        return group.slot_GL.shape[1] <= self._ring  # then every slot sees all of its past in the window
 
     def _short(self, group: Group, q_XHE: Tensor, k_XKE: Tensor, v_XKE: Tensor) -> Tensor:
         """Documents that fit into the window, (G, L, H, E)."""
@@ -163,13 +162,13 @@ class VQAttention(nn.Module):
             1, 2
         )
 
-    def _blocks(self, group: Group, *flat: Tensor) -> Tensor:
+    def _blocks(self, group: Group, codewords_KCE: Tensor, *flat: Tensor) -> Tensor:
         """Longer documents, (G, L, H, E). Inside, U counts blocks and M slots of a block: (U, G, H, M, E)."""
         documents, longest = group.slot_GL.shape
         number = -(-longest // self.window)
         last = torch.arange(number * self.window, device=group.slot_GL.device).clamp(max=longest - 1)
         slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
-        slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1)
+        slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1).contiguous()
         blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
         value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
         outs, seen = [], [x[:0] for x in blocks]
@@ -179,16 +178,16 @@ class VQAttention(nn.Module):
             lead = len(seen[0])
             seen = [torch.cat(pair) for pair in zip(seen, chunk, strict=True)]
             if self.config.recompute_chunks and torch.is_grad_enabled():
-                out, value_sum, count = checkpoint(self._chunk, lead, seen, value_sum, count, use_reentrant=False)
+                out, value_sum, count = checkpoint(self._chunk, lead, codewords_KCE, seen, value_sum, count,
+                                                   use_reentrant=False)  # fmt: skip
             else:
-                out, value_sum, count = self._chunk(lead, seen, value_sum, count)
+                out, value_sum, count = self._chunk(lead, codewords_KCE, seen, value_sum, count)
             outs.append(out)
             seen = [x[-2:] for x in seen]
         return torch.cat(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :longest]
 
-    def _chunk(
-        self, lead: int, blocks: list[Tensor], value_sum: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _chunk(self, lead: int, codewords: Tensor, blocks: list[Tensor], value_sum: Tensor, count: Tensor,
+               ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Blocks `lead` and on of the given ones, given the sums over all blocks before these; returns (U - lead, G, H,
         M, E), and the sums over all but the last two blocks."""
         near_q, near_k, v, far_q, word, code = blocks
@@ -197,7 +196,6 @@ class VQAttention(nn.Module):
         cache = v if through else v.detach()
         strict, size = self.config.band == "strict", self.window
         mean, log_count, value_sum, count = _far(code[:-2], cache[:-2], value_sum, count)
-        codewords = self.codebook.codewords_KCE.to(far_q.dtype)
         if _has_kernel(near_q):
             from model.attention.kernel import blocks_attended  # on demand: it needs Triton
 

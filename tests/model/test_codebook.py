@@ -19,7 +19,8 @@ def make(codewords: list, dtype: torch.dtype = torch.float64, **changes: object)
 
 def told(book: Codebook, keys: torch.Tensor, real: torch.Tensor | None = None):  # type: ignore[no-untyped-def]
     real = torch.ones(len(keys), dtype=torch.bool) if real is None else real
-    return book(keys[None, :, None], real[None])
+    word, code, _, quantised = book(keys[None, :, None], real[None])
+    return word, code, quantised
 
 
 KEYS = torch.tensor([[0.2, 0.1], [0.9, 1.2], [1.1, 0.8], [0.1, -0.3]], dtype=torch.float64)
@@ -155,6 +156,61 @@ def test_the_commitment_pulls_keys_to_their_codewords() -> None:
     word, _, quantised = told(make([[0, 0], [1, 1]]), keys)
     (gradient,) = torch.autograd.grad(quantised.commit, keys)
     torch.testing.assert_close(gradient, 2 * (KEYS - word[0, :, 0].detach()) / 2**0.5)
+
+
+def simvq(heads: int = 2, width: int = 3, codes: int = 5) -> Codebook:
+    book = Codebook(heads, width, VQConfig(codes=codes, codebook="simvq")).double()
+    book.initialise()
+    with torch.no_grad():
+        book.map_KEE += 0.5 * torch.randn(heads, width, width)
+    return book
+
+
+def test_simvq_by_hand() -> None:
+    """Codewords are w M; the commitment |k - w M|^2 / sqrt(E) gives M the gradient -2 w^T (k - w M) / sqrt(E)."""
+    torch.manual_seed(0)
+    book = simvq()
+    keys = torch.randn(1, 40, 2, 3, dtype=torch.float64, requires_grad=True)
+    real = torch.arange(40)[None] < 33
+    word, code, codewords, quantised = book(keys, real)
+    to_map, to_keys = torch.zeros(2, 3, 3, dtype=torch.float64), torch.zeros(40, 2, 3, dtype=torch.float64)
+    for h in range(2):
+        w, m = book.key_sum_KCE[h], book.map_KEE[h].detach()
+        torch.testing.assert_close(codewords[h], torch.stack([row @ m for row in w]))
+        for n in range(40):
+            k = keys[0, n, h].detach()
+            nearest_one = min(range(5), key=lambda c: float((k - w[c] @ m).square().sum()))
+            assert int(code[0, n, h]) == nearest_one
+            torch.testing.assert_close(word[0, n, h].detach(), w[nearest_one] @ m)
+            if n < 33:
+                error = k - w[nearest_one] @ m
+                to_map[h] -= 2 * w[nearest_one].outer(error) / 3**0.5
+                to_keys[n, h] = 2 * error / 3**0.5
+    found = torch.autograd.grad(quantised.commit, (book.map_KEE, keys), retain_graph=True)
+    torch.testing.assert_close(found[0], to_map)
+    torch.testing.assert_close(found[1][0], to_keys)
+    assert not codewords.requires_grad
+    (nothing,) = torch.autograd.grad(word.sum(), book.map_KEE, allow_unused=True)
+    assert nothing is None
+
+
+def test_only_the_map_moves_the_codewords_of_simvq() -> None:
+    torch.manual_seed(0)
+    book = simvq()
+    keys, real = torch.randn(1, 40, 2, 3, dtype=torch.float64), torch.ones(1, 40, dtype=torch.bool)
+    before = [buffer.clone() for buffer in book.buffers()]
+    commits = []
+    for _ in range(20):
+        _, code, _, quantised = book(keys, real)
+        (gradient,) = torch.autograd.grad(quantised.commit, book.map_KEE)
+        with torch.no_grad():
+            book.map_KEE -= 0.005 * gradient
+        book.update(quantised.sums)
+        commits.append(float(quantised.commit.detach()))
+    assert all(torch.equal(*pair) for pair in zip(before, book.buffers(), strict=True))
+    assert commits[-1] < 0.9 * commits[0]
+    unused = [c for h in range(2) for c in range(5) if c not in code[..., h]]
+    assert book.measured["vq/dead"] == pytest.approx(len(unused) / 10)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention.codebook import VQConfig
 from model.config import LOCATION_FEATURES, HeadConfig, ModelConfig
 from model.diffusion.head import DiffusionHead
 from model.ropeway import Ropeway
@@ -24,6 +25,7 @@ from tests.model.support import VOCABULARY, Words, batch_of, build, picture, tin
         {"output_embedding": "tied_half_swap", "patch_bottleneck": 5},
         {"patch_bottleneck": 7, "patch_size": 4, "head": HeadConfig(width=40, depth=3)},
         {"num_layers": 1, "rope_frequencies": "paired", "positions": "tie"},
+        {"attention": ("dense", "vq"), "vq": VQConfig(codebook="simvq")},
         {"head": HeadConfig(width=40, depth=1, objective="ddpm", path="cosine", prediction="eps", loss="eps")},
         {"head": HeadConfig(width=40, depth=1, objective="shortcut")},
         {"head": HeadConfig(width=40, depth=1, objective="consistency", time_law="uniform")},

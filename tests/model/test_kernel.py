@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,10 +32,21 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _patched_once() -> None:
-    """The interpreter patches Triton's language for every call of a helper, which takes most of the time: only once."""
-    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
-    interpreter._LangPatchScope.restore = lambda self: None
+def _patched_once() -> Iterator[None]:
+    """The interpreter patches Triton's language for every call of a helper, which takes most of the time: only once,
+    and undone at the end."""
+    patch, scopes = interpreter._patch_lang, []
+
+    @functools.cache
+    def once(function: object) -> object:
+        scopes.append(patch(function))
+        return interpreter._LangPatchScope()  # nothing to undo after a call
+
+    interpreter._patch_lang = once
+    yield
+    interpreter._patch_lang = patch
+    for scope in reversed(scopes):
+        scope.restore()
 
 
 def errors(lengths: list[int], dtype: torch.dtype, device: str = "cpu", **changes: object) -> tuple[float, float]:

@@ -21,6 +21,9 @@ def make(dtype: torch.dtype = torch.float64, **changes: object) -> VQAttention:
     torch.manual_seed(7)
     kind = VQAttention(WIDTH, KV_HEADS, 1e4, "alternate", VQConfig(**({"codes": CODES} | changes))).to(dtype)
     kind.codebook.initialise()
+    if kind.codebook.map_KEE is not None:
+        with torch.no_grad():
+            kind.codebook.map_KEE += 0.3 * torch.randn(WIDTH, WIDTH)
     return kind
 
 
@@ -92,6 +95,14 @@ def test_outputs_and_gradients_equal_the_dense_reference(window, band) -> None:
             assert gradient <= 1e-9
 
 
+@pytest.mark.parametrize("band", ["strict", "block"])
+def test_codewords_behind_a_map(band) -> None:
+    for seed in range(2):
+        output, gradient = errors(make(window=5, band=band, codebook="simvq"), seed)
+        assert output <= 1e-12
+        assert gradient <= 1e-9
+
+
 @pytest.mark.parametrize("window", [2, 8])
 def test_float32(window) -> None:
     output, gradient = errors(make(torch.float32, window=window), 0, torch.float32)
@@ -148,9 +159,11 @@ def test_gradients_stop_at_the_cache_where_asked() -> None:
     assert torch.equal(found, (distance >= 0) & (distance <= 4))
 
 
+@pytest.mark.parametrize("codebook", ["average", "simvq"])
 @pytest.mark.parametrize("band", ["strict", "block"])
-def test_prefill_and_steps_equal_forward(band) -> None:
-    kind = make(window=4, band=band).eval()
+@torch.no_grad()
+def test_prefill_and_steps_equal_forward(band, codebook) -> None:
+    kind = make(window=4, band=band, codebook=codebook).eval()
     torch.manual_seed(0)
     lengths, added = torch.tensor([1, 4, 5, 9, 17, 30]), 14
     rows, total = len(lengths), 30 + added
@@ -269,3 +282,8 @@ def test_bf16_follows_float32() -> None:
 def test_impossible_settings_are_refused(changes) -> None:
     with pytest.raises(ValueError, match=f"model.vq.{next(iter(changes))} is"):
         replace(VQConfig(), **changes)
+
+
+def test_simvq_resets_no_codewords() -> None:
+    with pytest.raises(ValueError, match=r"model.vq.reset_below is 1.0; .* simvq it must be 0"):
+        VQConfig(codebook="simvq", reset_below=1.0)

@@ -1,6 +1,7 @@
 """The estimate against what autograd, the optimizer, the disk and the ranks really hold and send."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import communication
 from benchmarks.report import RESULTS, table
+from model.attention import vq
 from model.batch import Batch
 from model.ropeway import Ropeway
 from tests.train.support import TINY, start
@@ -44,7 +46,29 @@ SHAPES = {
     "mostly text": ("--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=150"),
     "tied": ("--model.output_embedding=tied_half_swap",),
     "velocity": ("--model.head.prediction=v",),
+    "ddpm": ("--model.head.objective=ddpm", "--model.head.path=cosine", "--model.head.draws=12"),
+    "shortcut": ("--model.head.objective=shortcut", "--model.head.draws=8"),
+    "consistency": ("--model.head.objective=consistency", "--model.head.time_law=uniform"),
 }
+LONG = (
+    "--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=400", "--data.row_length=800",
+    "--data.max_patches=16", "--model.attention=vq", "--model.vq.codes=32", "--model.vq.window=24",
+)  # fmt: skip
+VQ_SHAPES = {
+    "documents in the window": ("--model.attention=vq", "--model.vq.window=64", "--model.vq.codes=32"),
+    "long documents": LONG,
+    "grouped queries": (*LONG, "--model.num_heads=4", "--model.num_kv_heads=2"),
+    "block band": (*LONG, "--model.vq.band=block"),
+    "in chunks": (*LONG, "--model.vq.chunk_blocks=3"),
+    "grouped queries in chunks, block band": (
+        *LONG, "--model.num_heads=4", "--model.num_kv_heads=2", "--model.vq.band=block", "--model.vq.chunk_blocks=1",
+    ),
+    "no gradient through the cache": (*LONG, "--model.vq.grad_through_cache=false"),
+    "rotation": (*LONG, "--model.vq.gradient=rotation"),
+    "diveq": (*LONG, "--model.vq.gradient=diveq"),
+    "simvq": (*LONG, "--model.vq.codebook=simvq"),
+    "hybrid": (*LONG, "--model.attention=[dense,vq]"),
+}  # fmt: skip
 PRECISIONS = ("fp32", "bf16")
 CPU = torch.device("cpu")
 
@@ -67,7 +91,7 @@ def estimate_of(config: Config, batch: Batch, vocabulary_size: int, world: int =
     text, image = batch.counts()
     return estimate.of(
         config, vocabulary_size, world, batch.token_BS.numel(), batch.documents.squared_lengths, text,
-        len(batch.patches_NP), image, sum(group.slot_GL.numel() for group in batch.documents.groups), device,
+        len(batch.patches_NP), image, [tuple(group.slot_GL.shape) for group in batch.documents.groups], device,
     )  # fmt: skip
 
 
@@ -77,7 +101,7 @@ def saved(model: Ropeway, batch: Batch, device: torch.device, bf16: bool) -> tup
     batch = batch.to(device)
     columns = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     groups = [tensor for group in batch.documents.groups for tensor in (group.slot_GL, group.valid_GL)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *columns, *groups)}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.tensors().values(), *columns, *groups)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -88,7 +112,8 @@ def saved(model: Ropeway, batch: Batch, device: torch.device, bf16: bool) -> tup
 
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, bf16):
         losses = model(batch)
-    weights = [view for p in model.parameters() for view in (p.detach().bfloat16(), p.detach().bfloat16().t())]
+    matrices = [p.detach().bfloat16() for p in model.parameters() if p.dim() <= 2]
+    weights = [view for matrix in matrices for view in (matrix, matrix.t())]
 
     def is_cast(tensor: Tensor) -> bool:
         return tensor.dtype == torch.bfloat16 and any(w.shape == tensor.shape and w.equal(tensor) for w in weights)
@@ -106,9 +131,11 @@ def kept(found: estimate.Estimate, batch: Batch, vocabulary_size: int) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_what_autograd_keeps(shape: str, precision: str) -> None:
-    config = config_of(*SHAPES[shape], f"--run.precision={precision}")
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), *VQ_SHAPES.values()], ids=[*SHAPES, *(f"vq-{s}" for s in VQ_SHAPES)]
+)
+def test_activations_are_what_autograd_keeps(shape: tuple[str, ...], precision: str) -> None:
+    config = config_of(*shape, f"--run.precision={precision}")
     model, batch, vocabulary_size = make(config)
     expected = estimate_of(config, batch, vocabulary_size)
     activations, casts = saved(model, batch, CPU, precision == "bf16")
@@ -141,13 +168,22 @@ def test_activation_checkpointing_keeps_the_inputs_of_blocks(shape: str, precisi
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", ["deep", "mostly head"])
-def test_activations_with_the_norms_of_a_gpu(monkeypatch: pytest.MonkeyPatch, shape: str, precision: str) -> None:
-    """CUDA's autocast computes norms in float32 and its RMSNorm keeps only its input: the same here, in Python."""
+@pytest.mark.parametrize("shape", ["deep", "mostly head", "vq-long documents", "vq-in chunks", "vq-grouped queries"])
+def test_activations_with_norms_and_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch, shape: str,
+                                                    precision: str) -> None:  # fmt: skip
+    """CUDA's autocast computes norms in float32 and its RMSNorm keeps only its input: the same here, in Python. Of the
+    Triton kernel only what it keeps, without its work."""
+    options = SHAPES.get(shape) or VQ_SHAPES[shape.removeprefix("vq-")]
+    if shape.startswith("vq"):
+        pytest.importorskip("triton", reason="Triton is not installed (extra `dev`, on Linux)")
+        from model.attention import kernel
+
+        monkeypatch.setattr(vq, "_has_kernel", lambda x: True)
+        monkeypatch.setattr(kernel, "_forward", defaultdict(lambda: lambda *arguments, **constants: None))
     layer_norm = torch.nn.functional.layer_norm
     monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, _, w, eps: FusedRMSNorm.apply(x.float(), w, eps))
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *a, **k: layer_norm(x.float(), *a, **k))
-    config = config_of(*SHAPES[shape], f"--run.precision={precision}")
+    config = config_of(*options, f"--run.precision={precision}")
     model, batch, vocabulary_size = make(config)
     expected = estimate_of(config, batch, vocabulary_size, device=torch.device("cuda"))
     activations, _ = saved(model, batch, CPU, precision == "bf16")
@@ -188,8 +224,9 @@ def test_activations_on_a_gpu(shape: str, precision: str) -> None:
     assert kept(expected, batch, vocabulary_size) == pytest.approx(activations, rel=0.15)
 
 
-def test_state_of_the_torch_engine_is_exact() -> None:
-    config = config_of()
+@pytest.mark.parametrize("shape", [(), LONG, VQ_SHAPES["simvq"]], ids=["dense", "vq", "simvq"])
+def test_state_of_the_torch_engine_is_exact(shape: tuple[str, ...]) -> None:
+    config = config_of(*shape)
     _, batch, vocabulary_size = make(config)
     tokenizer = pipeline.make_tokenizer(config.data)
     model = build_model(config, tokenizer)
@@ -199,7 +236,8 @@ def test_state_of_the_torch_engine_is_exact() -> None:
     engine.micro_step(batch, Counts(*batch.counts()), is_last=True)
     expected = estimate_of(config, batch, vocabulary_size)
     parameters = list(engine.model.parameters())
-    assert sum(p.nbytes for p in parameters) == expected.weights
+    sums = sum(book.pending.nbytes - 8 for book in engine.model.codebooks().values() if book.pending is not None)
+    assert sum(tensor.nbytes for tensor in engine.model.tensors().values()) + sums == expected.weights
     assert sum(p.grad.nbytes for p in parameters if p.grad is not None) == expected.gradients
     engine.step(1e-3)
     moments = [value for state in engine.optimizer.state.values() for key, value in state.items() if key != "step"]

@@ -55,9 +55,9 @@ def work(config: Config, out: str) -> None:
     ranks.close()
 
 
-def results(folder: Path, backend: str) -> list[dict[str, torch.Tensor]]:
+def results(folder: Path, backend: str, codebook: str) -> list[dict[str, torch.Tensor]]:
     world, engine = BACKENDS[backend]
-    model = replace(CONFIG.model, attention="vq", vq=VQConfig(codes=8, window=16))
+    model = replace(CONFIG.model, attention="vq", vq=VQConfig(codes=8, window=16, codebook=codebook))
     config = replace(CONFIG, engine=engine, model=model)
     environments = ranks_of(world) if world > 1 else [{}]
     started = [start_function(folder / str(rank), work, (config, str(folder / "out")), environment)
@@ -68,16 +68,22 @@ def results(folder: Path, backend: str) -> list[dict[str, torch.Tensor]]:
     return [load_file(folder / f"out-{rank}.safetensors") for rank in range(world)]
 
 
+@pytest.fixture(scope="module", params=["average", "simvq"])
+def codebook(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return results(tmp_path_factory.mktemp("single"), "single")[0]
+def single(tmp_path_factory: pytest.TempPathFactory, codebook: str) -> dict[str, torch.Tensor]:
+    return results(tmp_path_factory.mktemp("single"), "single", codebook)[0]
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "single"])
-def test_all_backends_have_the_same_codebooks(tmp_path: Path, single: dict[str, torch.Tensor], backend: str) -> None:
+def test_all_backends_have_the_same_codebooks(tmp_path: Path, single: dict[str, torch.Tensor], codebook: str,
+                                              backend: str) -> None:  # fmt: skip
     if BACKENDS[backend][1].backend == "deepspeed":
         pytest.importorskip("deepspeed", exc_type=ImportError)
-    found = results(tmp_path, backend)
+    found = results(tmp_path, backend, codebook)
     for other in found[1:]:
         assert all(torch.equal(other[name], found[0][name]) for name in found[0])
     assert found[0].keys() == single.keys()
@@ -86,13 +92,16 @@ def test_all_backends_have_the_same_codebooks(tmp_path: Path, single: dict[str, 
         assert torch.equal(found[0][name], found[0][name.replace("weights", str(STEPS - 1))])
 
 
-def test_codebooks_move_unless_the_step_is_skipped(single: dict[str, torch.Tensor]) -> None:
+def test_codebooks_move_unless_the_step_is_skipped(single: dict[str, torch.Tensor], codebook: str) -> None:
     names = [name.removeprefix("fitted.") for name in single if name.startswith("fitted.")]
     assert names
     for name in names:
         states = [single[f"{key}.{name}"] for key in ("fitted", *range(STEPS))]
         same = [torch.equal(one, other) for one, other in pairwise(states)]
-        assert same == [step == BROKEN for step in range(STEPS)]
+        assert same == [step == BROKEN or codebook == "simvq" for step in range(STEPS)]
+    maps = [tensor for name, tensor in single.items() if name.endswith("map_KEE")]
+    assert len(maps) == (len(names) // 2 if codebook == "simvq" else 0)
+    assert all(float((tensor - torch.eye(tensor.shape[-1])).abs().max()) > 1e-3 for tensor in maps)
 
 
 def train(run: Path, *arguments: str) -> None:
@@ -100,11 +109,13 @@ def train(run: Path, *arguments: str) -> None:
     assert result.status == 0, result.err
 
 
-def test_resuming_is_exact_and_metrics_are_logged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["average", "simvq"])
+def test_resuming_is_exact_and_metrics_are_logged(tmp_path: Path, kind: str) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(whole, *VQ)
-    train(halves, *VQ, "--run.stop_after=4")
-    train(halves, *VQ)
+    options = (*VQ, f"--model.vq.codebook={kind}")
+    train(whole, *options)
+    train(halves, *options, "--run.stop_after=4")
+    train(halves, *options)
     one, two = (checkpoint.load(checkpoint.resolve(run)) for run in (whole, halves))
     for left, right in ((one.model, two.model), (one.ema, two.ema)):
         assert left.keys() == right.keys()
@@ -117,15 +128,17 @@ def test_resuming_is_exact_and_metrics_are_logged(tmp_path: Path) -> None:
     assert 0 <= last["vq/dead"] <= 1
 
 
-def test_a_dense_checkpoint_starts_a_quantised_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["average", "simvq"])
+def test_a_dense_checkpoint_starts_a_quantised_run(tmp_path: Path, kind: str) -> None:
     """Weights are taken over; the codebooks are fitted to the keys that these weights give."""
     dense, hybrid = tmp_path / "dense", tmp_path / "hybrid"
     train(dense, "--model.num_layers=2", "--run.stop_after=2")
     train(hybrid, "--model.num_layers=2", "--run.stop_after=1", "--optim.lr=1e-9", f"--run.init_from={dense}",
-          *VQ, "--model.attention=[dense,vq]")  # fmt: skip
+          *VQ, "--model.attention=[dense,vq]", f"--model.vq.codebook={kind}")  # fmt: skip
     before, after = (checkpoint.load(checkpoint.resolve(run)).model for run in (dense, hybrid))
     assert after.keys() - before.keys() == {f"backbone.layers.1.self_attn.kind.codebook.{name}"
-                                            for name in ("key_sum_KCE", "count_KC")}  # fmt: skip
+                                            for name in ("key_sum_KCE", "count_KC", "map_KEE")[: 2 + (kind == "simvq")]
+                                            }  # fmt: skip
     for name in before:
         torch.testing.assert_close(before[name], after[name], rtol=0, atol=1e-7)
     assert metrics(hybrid)[0]["vq/error"] < 0.9  # random codewords are about 1.4 away from keys as long as they are
@@ -136,6 +149,12 @@ def test_a_window_smaller_than_the_largest_image_is_refused(tmp_path: Path) -> N
         tmp_path / "out", "train", *TINY, f"--run.dir={tmp_path / 'run'}", *VQ, "--model.vq.window=8"
     ).finish()
     assert_one_line(result, 2, "model.vq.window is 8", "data.max_patches 16")
+
+
+def test_a_map_that_nothing_would_move_is_refused(tmp_path: Path) -> None:
+    result = start(tmp_path / "out", "train", *TINY, f"--run.dir={tmp_path / 'run'}", *VQ, "--model.vq.codebook=simvq",
+                   "--optim.commit_weight=0").finish()  # fmt: skip
+    assert_one_line(result, 2, "optim.commit_weight is 0", "simvq")
 
 
 def test_a_list_of_kinds_must_fit_the_layers(tmp_path: Path) -> None:
