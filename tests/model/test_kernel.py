@@ -1,11 +1,9 @@
 """The Triton kernel of Transformer-VQ against the float64 reference of tests/model/test_vq.py: in Triton's interpreter
 where there is no GPU, and on one where there is."""
 
-import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from tests.model.support import slow_vq
 from tests.model.test_vq import exact_rotation
 
 _WHERE = "Triton is not installed (extra `dev`, on Linux)"
-interpreter = pytest.importorskip("triton.runtime.interpreter", reason=_WHERE, exc_type=ModuleNotFoundError)
+pytest.importorskip("triton", reason=_WHERE, exc_type=ModuleNotFoundError)
 kernel = pytest.importorskip("model.attention.kernel", reason=_WHERE, exc_type=ModuleNotFoundError)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about queries that are masked
 
@@ -29,24 +27,6 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's int
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vq, "_has_kernel", lambda x: True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _patched_once() -> Iterator[None]:
-    """The interpreter patches Triton's language for every call of a helper, which takes most of the time: only once,
-    and undone at the end."""
-    patch, scopes = interpreter._patch_lang, []
-
-    @functools.cache
-    def once(function: object) -> object:
-        scopes.append(patch(function))
-        return interpreter._LangPatchScope()  # nothing to undo after a call
-
-    interpreter._patch_lang = once
-    yield
-    interpreter._patch_lang = patch
-    for scope in reversed(scopes):
-        scope.restore()
 
 
 def errors(lengths: list[int], dtype: torch.dtype, device: str = "cpu", **changes: object) -> tuple[float, float]:
