@@ -59,7 +59,7 @@ Scores = dict[str, float]
 
 
 def shapes(task: Task) -> Scores:
-    """Attributes right in pictures of held-out captions; held-out pictures whose caption is right to the letter."""
+    """Attributes right in pictures of held-out captions; held-out pictures whose caption is true, and to the letter."""
     section = task.config.data.shapes or ShapesSection()
     scores = _shapes(task, section, 1, held_out_captions(), "one object")
     if section.max_objects > 1:
@@ -90,15 +90,27 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
     if task.only_draw:
         return scores
     said = task.generator.captions(real, Sampling(temperature=0), progress=task.progress)
-    right = [text == wanted for text, wanted in zip(said, expected, strict=True)]
+    right = [_true(text, picture) for text, picture in zip(said, real, strict=True)]
+    exact = [text == wanted for text, wanted in zip(said, expected, strict=True)]
     slug = name.replace(" ", "-")
     save_grid(drawn[:64], 8, task.out / f"shapes-{slug}.png")
     _write_lines(task.out / f"shapes-{slug}-wrong.jsonl", [
         *({"drawn": prompt, **score} for prompt, score in zip(prompts, found, strict=True) if not score["all"]),
-        *({"read": text, "expected": wanted} for text, wanted in zip(said, expected, strict=True) if text != wanted),
+        *({"read": text, "expected": wanted} for text, wanted, true in zip(said, expected, right, strict=True)
+          if not true),
     ])  # fmt: skip
     scores |= {f"{name}, {key}": value for key, value in _drift(task, prompts, drawn, expected, real).items()}
-    return scores | {f"{name}, pictures read": len(real), f"{name}, caption exact": _mean(right)}
+    # Of several objects there are several true captions ("A above B", "B below A"), of one object only one.
+    return scores | {f"{name}, pictures read": len(real), f"{name}, caption true": _mean(right),
+                     f"{name}, caption exact": _mean(exact)}  # fmt: skip
+
+
+def _true(caption: str, picture: np.ndarray) -> bool:
+    """Whether the oracle sees in the picture what the caption says, no more and no less."""
+    try:
+        return shapes_oracle.score(picture, caption)["all"]
+    except ValueError:  # no caption at all
+        return False
 
 
 def digits(task: Task) -> Scores:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from data.source.digits import arrays
-from data.source.shapes import held_out_captions
+from data.source.shapes import Scene, Thing, caption, held_out_captions, render
 from data.source.stdlib import StandardLibrary
 from model.generate import Sampling
 from tests.train.support import TINY, assert_one_line, start
 from train import checkpoint, settings
 from train.config import TextSection
-from train.evaluate import SUITES, Task, _gray, frechet_distance, image_loss, seam_energy
+from train.evaluate import SUITES, Task, _gray, _true, frechet_distance, image_loss, seam_energy
 from train.evaluate import text as text_suite
 from train.generator import Generator
 
@@ -29,6 +29,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = start(folder.parent / "out", "train", *TINY, f"--run.dir={folder}", *arguments).finish()
     assert result.status == 0, result.err
     return folder
+
+
+def test_every_true_caption_of_a_scene_counts() -> None:
+    red, blue = Thing("red", "circle", "small"), Thing("blue", "square", "large")
+    picture = render(Scene((red, blue), relations=("above",)), 32, 32, np.random.default_rng(0))
+    assert _true(caption(Scene((red, blue), relations=("above",))), picture)
+    assert _true(caption(Scene((blue, red), relations=("below",))), picture)
+    assert not _true(caption(Scene((blue, red), relations=("above",))), picture)
+    assert not _true(caption(Scene((red, Thing("blue", "square", "small")), relations=("above",))), picture)
+    assert not _true(caption(Scene((blue,), place="at the bottom")), picture), "it leaves an object out"
+    assert not _true("a red circle", picture), "no caption"
 
 
 def test_frechet_distance_of_gaussians() -> None:
