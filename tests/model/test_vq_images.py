@@ -39,7 +39,7 @@ def test_many_images_in_one_row_are_learned_and_continued(monkeypatch) -> None:
     monkeypatch.setattr(model.backbone, "step", recorder)
     (segments,) = generate(model, [request], Sampling(temperature=0, steps=2))
     _, hidden, _ = uncached(model, request, segments)
-    start, steps = len(request.prompt.token), 16
+    start, steps = len(request.prompt.token) + 3, 16  # <boi> and the size are read with the prompt
     assert len(recorder.results) >= steps
     for k in range(steps):
         torch.testing.assert_close(recorder.results[k][0, 0], hidden[start + k], rtol=0, atol=1e-4)
