@@ -32,7 +32,7 @@ from benchmarks.systems import AutoregressiveSystem, RopewaySystem, System, Tran
 from data.source import digits
 from data.tokenizer import Tokenizer
 from model.config import HeadConfig, ModelConfig
-from model.generate import Sampling
+from model.sampling import Sampling
 from train.evaluate import frechet_distance, seam_energy
 
 MODEL = ModelConfig(dim=128, num_layers=4, num_heads=4, patch_size=2, head=HeadConfig(width=192, depth=3))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.diffusion.guidance import Guidance
-from model.generate import Sampling
+from model.sampling import Sampling
 
 STEPS = (1, 2, 4, 8, 16, 50)
 

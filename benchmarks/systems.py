@@ -22,8 +22,10 @@ from data.image import patchify, unpatchify
 from data.tokenizer import Tokenizer
 from model.batch import Batch, to_bytes
 from model.config import ModelConfig
-from model.generate import GeneratedImage, Prompt, Request, Sampling, generate
+from model.generate import generate
 from model.ropeway import Ropeway
+from model.sampling import Sampling
+from model.writer import GeneratedImage, Prompt, Request
 from train.pipeline import vocabulary_of
 
 _ROW_LENGTH = 256

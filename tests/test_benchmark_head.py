@@ -10,7 +10,7 @@ from benchmarks import head
 from benchmarks.head_rows import SETTINGS, Setting, label
 from benchmarks.report import Row
 from model.diffusion.guidance import Guidance
-from model.generate import Sampling
+from model.sampling import Sampling
 
 
 def cells(tmp_path: Path, rows: list[str] | None = None, data: tuple[str, ...] = ("digits", "shapes")) -> list:
