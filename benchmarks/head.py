@@ -182,7 +182,7 @@ def learn(cell: Cell) -> None:
         train_model(cell.default)
     generator = Generator.load(cell.default.run.dir)
     generator.model.requires_grad_(False)
-    made, _ = distill_consistency(generator, cell.config, cell.config.run.steps, 5e-4, 0.95, from_data=False)
+    made, _ = distill_consistency(generator, cell.config, cell.config.run.steps, 5e-4, 0.95, cell.setting.from_data)
     write_run(made, generator, cell.run)
 
 

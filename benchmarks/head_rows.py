@@ -21,6 +21,8 @@ class Setting:
     """Draw from the model of this setting instead of training one."""
     distilled: bool = False
     """The model is distilled from that of the default."""
+    from_data: bool = False
+    """Distilled without asking the default where the way goes: consistency training that begins at a trained flow."""
     data: tuple[str, ...] = ("digits", "shapes")
 
 
@@ -34,12 +36,19 @@ def _patches(size: int, rows: int, data: str) -> Setting:
     return Setting(f"patches of {size}", "patch size", options, data=(data,))
 
 
+_CONSISTENCY = (("model.head.time_law", "uniform"), ("model.head.objective", "consistency"))
+
 SETTINGS = (
     Setting("default", "", drawings=(*_draw("euler", 16), *_draw("heun", 50))),
     Setting("shortcut", "objective", (("model.head.objective", "shortcut"),), _draw("euler", 16, 1, 2, 4, 8)),
-    Setting("consistency", "objective", (("model.head.time_law", "uniform"), ("model.head.objective", "consistency")),
-            (*_draw("consistency", 16, 1, 2, 4, 8), *_draw("euler", 16))),
+    Setting("consistency in x", "objective", (*_CONSISTENCY, ("model.head.loss", "x")),
+            _draw("consistency", 1, 2, 4, 8), data=("digits",)),
+    Setting("consistency in x, little text", "objective", (*_CONSISTENCY, ("model.head.loss", "x"),
+            ("optim.text_weight", 0.5 / 32)), _draw("consistency", 1, 2, 4), data=("digits",)),
+    Setting("consistency in v", "objective", _CONSISTENCY, (*_draw("consistency", 16, 1, 2, 4, 8), *_draw("euler", 16)),
+            data=("digits",)),
     Setting("distilled", "objective", (), (*_draw("consistency", 1, 2, 4, 8), *_draw("euler", 16)), distilled=True),
+    Setting("distilled from data", "objective", (), _draw("consistency", 1, 2, 4), distilled=True, from_data=True),
     Setting("few steps", "sampler", drawings=(*_draw("euler", 1, 2, 4, 8), *_draw("heun", 1, 2, 4, 8),
             *_draw("learned", 2, 4, 8)), model="default"),
     Setting("prediction v", "prediction", (("model.head.prediction", "v"),)),
@@ -49,17 +58,17 @@ SETTINGS = (
     _patches(4, 5, "digits"),
     _patches(4, 20, "shapes"),
     _patches(16, 5, "shapes"),
-    Setting("loss x", "loss", (("model.head.loss", "x"),)),
-    Setting("loss eps", "loss", (("model.head.loss", "eps"),)),
-    Setting("time uniform", "time law", (("model.head.time_law", "uniform"),)),
+    Setting("loss x", "loss", (("model.head.loss", "x"),), data=("digits",)),
+    Setting("loss eps", "loss", (("model.head.loss", "eps"),), data=("digits",)),
+    Setting("time uniform", "time law", (("model.head.time_law", "uniform"),), data=("digits",)),
     Setting("time (-2.2, 1.3)", "time law", (("model.head.time_mean", -2.2), ("model.head.time_std", 1.3)),
             data=("digits",)),
     Setting("time (-0.8, 0.8)", "time law", (("model.head.time_mean", -0.8), ("model.head.time_std", 0.8)),
             data=("shapes",)),
     Setting("time (0, 1)", "time law", (("model.head.time_mean", 0.0), ("model.head.time_std", 1.0)), data=("digits",)),
     Setting("1 draw", "draws", (("model.head.draws", 1),)),
-    Setting("8 draws", "draws", (("model.head.draws", 8),)),
-    Setting("2 scales", "loss scales", (("model.head.loss_scales", 2),)),
+    Setting("8 draws", "draws", (("model.head.draws", 8),), data=("digits",)),
+    Setting("2 scales", "loss scales", (("model.head.loss_scales", 2),), data=("digits",)),
     Setting("context noise", "context noise", (("model.context_noise", 0.5),)),
     Setting("guidance", "guidance", drawings=(
         *_draw("euler", 16, guidance=Guidance(1.5)),
@@ -71,12 +80,12 @@ SETTINGS = (
     ), model="default"),
     Setting("DDPM, cosine, v", "objective", (("model.head.path", "cosine"), ("model.head.prediction", "v"),
             ("model.head.objective", "ddpm"), ("model.head.time_law", "uniform")),
-            (*_draw("euler", 16), *_draw("ddpm", 16, 50))),
+            (*_draw("euler", 16), *_draw("ddpm", 16, 50)), data=("digits",)),
     Setting("samplers", "sampler", drawings=(
         *_draw("euler", 50), *_draw("heun", 16),
         *(drawing for name in ("midpoint", "geometric", "ddpm", "sde") for drawing in _draw(name, *STEPS)),
         *_draw("euler", 2, 4, 8, 16, grid="edm"), *_draw("heun", 2, 4, 8, 16, grid="edm"),
-    ), model="default"),
+    ), model="default", data=("digits",)),
 )  # fmt: skip
 """The rows of the table, the ones that say most first."""
 

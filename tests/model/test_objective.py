@@ -515,3 +515,38 @@ def test_predicting_x_keeps_samples_on_the_data_plane() -> None:
         off_plane[prediction] = float((samples - samples @ plane @ plane.T).norm(dim=1).median())
     assert off_plane["x"] < 1
     assert off_plane["v"] > 5 * off_plane["x"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["x", "v"])
+def test_consistency_training_from_scratch_reaches_its_fixed_point(loss) -> None:
+    """Of Gaussian data all jumps are linear: the best jump from a time is the regression of the next one's end on z.
+
+    From pure noise it is then the mean, plus the product of these slopes times z. It shrinks the data (every regression
+    loses what it cannot know), the less the more times there are.
+    """
+    mean, deviation, times = 0.4, 0.5, 8
+    slope = 1.0
+    for k in range(times):
+        t, after = k / times, (k + 1) / times
+        slope *= (t * after * deviation**2 + (1 - t) * (1 - after)) / (t**2 * deviation**2 + (1 - t) ** 2)
+    assert 0.35 < slope < 0.45, "the closed form: below the deviation, 0.5"
+
+    config = head_config(objective="consistency", time_law="uniform", consistency_steps=times, draws=1, loss=loss)
+    torch.manual_seed(0)
+    toy, count, steps = _Toy(2), 512, 800
+    optimizer = torch.optim.Adam(toy.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    nothing = torch.zeros(count, 1)
+    for step in range(steps):
+        x = mean + deviation * torch.randn(count, 2)
+        loss_M = head_loss(toy, nothing, nothing, x, draw([count], [step], 2, config, CPU), config)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+        loss_M.mean().backward()
+        optimizer.step()
+        schedule.step()
+    z = torch.randn(4000, 2)
+    with torch.no_grad():
+        end = toy(z, torch.zeros(len(z)), z)
+    assert end.mean().item() == pytest.approx(mean, abs=0.05)
+    assert ((end - mean) * z).mean().item() == pytest.approx(slope, abs=0.05)
