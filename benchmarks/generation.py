@@ -116,7 +116,7 @@ def run(
 
 
 def _systems() -> list[System]:
-    distilled = replace(MODEL, head=replace(MODEL.head, objective="consistency", time_law="uniform"))
+    distilled = replace(MODEL, head=replace(MODEL.head, objective="consistency", loss="x", time_law="uniform"))
     ours = [RopewaySystem("Ropeway", MODEL, _SIDE), RopewaySystem(_DISTILLED, distilled, _SIDE)]
     parameters = count(ours[0].model)
     return [

@@ -108,7 +108,7 @@ def consistency_config(config: Config, steps: int) -> Config:
     old = config.model.head
     if old.objective != "matching":
         raise ValueError(f"the checkpoint has model.head.objective {old.objective}; it must be matching")
-    head = replace(old, objective="consistency", time_law="uniform", consistency_steps=steps)
+    head = replace(old, objective="consistency", loss="x", time_law="uniform", consistency_steps=steps)
     return replace(config, model=replace(config.model, head=head))
 
 

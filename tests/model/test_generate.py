@@ -302,8 +302,8 @@ def test_guidance_without_text_changes_at_most_the_rounding() -> None:
 
 
 def head_of(objective: str) -> HeadConfig:
-    law = "uniform" if objective == "consistency" else "logit-normal"
-    return HeadConfig(width=24, depth=2, objective=objective, time_law=law)  # type: ignore[arg-type]
+    changes = {"time_law": "uniform", "loss": "x"} if objective == "consistency" else {}
+    return HeadConfig(width=24, depth=2, objective=objective, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
