@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from benchmarks.head_rows import SETTINGS, Setting, label
 from benchmarks.report import Result, Row
 from model.diffusion.sampler import LEARNED, evaluations
-from model.generate import Sampling
+from model.sampling import Sampling
 from train import checkpoint, settings
 from train.config import Config
 from train.distill import consistency_config, distill_consistency, distill_solver, write_run
@@ -182,7 +182,7 @@ def learn(cell: Cell) -> None:
         train_model(cell.default)
     generator = Generator.load(cell.default.run.dir)
     generator.model.requires_grad_(False)
-    made, _ = distill_consistency(generator, cell.config, cell.config.run.steps, 5e-4, 0.95, from_data=False)
+    made, _ = distill_consistency(generator, cell.config, cell.config.run.steps, 5e-4, 0.95, cell.setting.from_data)
     write_run(made, generator, cell.run)
 
 
@@ -291,6 +291,8 @@ def measurement(cell: Cell) -> Row:
         "accuracy_percent": 100 * scores[ACCURACY[cell.data]],
         "frechet_distance": score("frechet distance to the test split"),
         "seam_energy_over_real": seam / real_seam if seam and real_seam else None,
+        "saturated_percent": _percent(score("saturated")),
+        "saturated_percent_real": _percent(score(f"saturated, {real}")),
         "image_loss_held_out": score("image loss, held-out pictures"),
         "image_loss_own": score("image loss, own pictures"),
         "captions_exact_percent": _percent(score("caption exact" if prefix else "test split, caption exact")),
@@ -323,6 +325,7 @@ def summarise(rows: Sequence[Row]) -> Row:
         "right, %": mean("accuracy_percent", 1),
         "Frechet distance": mean("frechet_distance", 1),
         "seams / real": mean("seam_energy_over_real", 2),
+        "saturated, %": mean("saturated_percent", 1),
         "loss, real": mean("image_loss_held_out", 3),
         "loss, own": mean("image_loss_own", 3),
         "captions, %": mean("captions_exact_percent", 1),

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.report import Result, Row
 from data.source.shapes import held_out_captions
 from model.diffusion.guidance import Guidance
-from model.generate import Sampling
+from model.sampling import Sampling
 from train import pipeline, settings
 from train.engine import Counts, TorchEngine
 from train.generator import Generator, build_model

@@ -22,8 +22,10 @@ from data.image import patchify, unpatchify
 from data.tokenizer import Tokenizer
 from model.batch import Batch, to_bytes
 from model.config import ModelConfig
-from model.generate import GeneratedImage, Prompt, Request, Sampling, generate
+from model.generate import generate
 from model.ropeway import Ropeway
+from model.sampling import Sampling
+from model.writer import GeneratedImage, Prompt, Request
 from train.pipeline import vocabulary_of
 
 _ROW_LENGTH = 256
@@ -76,7 +78,7 @@ class RopewaySystem:
 
     def __init__(self, name: str, config: ModelConfig, side: int) -> None:
         self.name, self.config, self.side = name, config, side
-        self.sampling, self.first_seed = Sampling(), 0
+        self.sampling, self.first_seed, self.rows_prepared = Sampling(), 0, 0
         self.settings = (
             f"learns {config.head.draws} noise draw(s) per patch; draws with {self.sampling.sampler}, "
             f"{self.sampling.steps} evaluations per patch, guidance scale {self.sampling.guidance.scale:g}"
@@ -93,8 +95,9 @@ class RopewaySystem:
             if not rows or sum(len(part.token) for part in [*rows[-1], columns]) > _ROW_LENGTH:
                 rows.append([])
             rows[-1].append(columns)
-        pad = self.encoder.tokenizer.pad
-        return Batch.collate([pack_row(row, _ROW_LENGTH, pad) for row in rows], list(range(len(rows))))
+        pad, first = self.encoder.tokenizer.pad, self.rows_prepared
+        self.rows_prepared += len(rows)  # every row has noise of its own
+        return Batch.collate([pack_row(row, _ROW_LENGTH, pad) for row in rows], list(range(first, first + len(rows))))
 
     def loss(self, batch: Batch) -> Tensor:
         losses, (text, patches) = self.model(batch), batch.counts()

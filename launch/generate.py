@@ -18,7 +18,7 @@ from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
 from model.diffusion.sampler import GRIDS, LEARNED, SAMPLERS
-from model.generate import Sampling, sampler_of
+from model.sampling import Sampling, sampler_of
 from train import checkpoint
 from train.generator import Generator, Order
 from train.log import commit

@@ -46,7 +46,7 @@ class HeadConfig:
     objective: Literal["matching", "ddpm", "shortcut", "consistency"] = "matching"
     """matching: regress to the data. ddpm: also learn the variance of the steps of 1000. shortcut: also learn jumps of
     1/64 to 1 (sample with euler in 1, 2, ..., 64 steps). consistency: learn to jump to the end
-    (time_law uniform; sample with consistency, or with euler in one step)."""
+    (time_law uniform, loss x; sample with consistency, or with euler in one step)."""
     consistency_steps: int = 32
     """Times on which neighbours shall agree where a jump ends (objective consistency)."""
     draws: int = 4
@@ -77,6 +77,10 @@ class HeadConfig:
             # Sampling starts at t = 0, which the logit-normal law hardly ever draws.
             raise ValueError(f"model.head.time_law {self.time_law} does not go with model.head.objective consistency; "
                              "choose uniform")  # fmt: skip
+        if self.objective == "consistency" and self.loss != "x":
+            # Divided by 1 - t, the errors near the data outweigh by up to 1 / time_eps^2 those of the long jumps.
+            raise ValueError(f"model.head.loss {self.loss} does not go with model.head.objective consistency; "
+                             "choose x")  # fmt: skip
         if self.objective in ("shortcut", "consistency"):
             # At t = 0, where few-step sampling starts, eps is known: it says nothing about the jump to x.
             for name, value, wanted in (("path", self.path, ("flow",)), ("prediction", self.prediction, ("x", "v")),

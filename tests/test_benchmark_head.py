@@ -10,7 +10,7 @@ from benchmarks import head
 from benchmarks.head_rows import SETTINGS, Setting, label
 from benchmarks.report import Row
 from model.diffusion.guidance import Guidance
-from model.generate import Sampling
+from model.sampling import Sampling
 
 
 def cells(tmp_path: Path, rows: list[str] | None = None, data: tuple[str, ...] = ("digits", "shapes")) -> list:
@@ -48,6 +48,9 @@ def test_labels() -> None:
     assert label(Sampling(sampler="heun", steps=8, grid="edm", guidance=guidance, clamp=True)) == (
         "heun 8 edm grid guidance 3 interval from 0.3 renormalised clamped"
     )
+    assert label(Sampling(steps=2, guidance=Guidance(3, "interval", 0, 0.3))) == (
+        "euler 2 guidance 3 interval from 0 to 0.3"
+    )
 
 
 def test_killed_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +87,7 @@ def row(name: str, drawn: str, seed: int, accuracy: float, evaluations: int) -> 
             "steps": int(steps), "evaluations_per_patch": evaluations, "accuracy_percent": accuracy,
             "frechet_distance": None, "seam_energy_over_real": 1.0, "image_loss_held_out": None, "pictures": 10,
             "image_loss_own": None, "captions_exact_percent": None, "cpu_seconds_per_picture": 0.002,
-            "training_tflop": 3.0}  # fmt: skip
+            "saturated_percent": None, "training_tflop": 3.0}  # fmt: skip
 
 
 def test_summary_and_notes(tmp_path: Path) -> None:

@@ -108,33 +108,61 @@ def consistency_config(config: Config, steps: int) -> Config:
     old = config.model.head
     if old.objective != "matching":
         raise ValueError(f"the checkpoint has model.head.objective {old.objective}; it must be matching")
-    head = replace(old, objective="consistency", time_law="uniform", consistency_steps=steps)
+    head = replace(old, objective="consistency", loss="x", time_law="uniform", consistency_steps=steps)
     return replace(config, model=replace(config.model, head=head))
+
+
+class ConsistencyLesson:
+    """A copy of a model's head that learns to jump where the flow leads. The model itself stays as it is."""
+
+    def __init__(self, model: Ropeway, head: HeadConfig, lr: float, decay: float, ema_decay: float,
+                 from_data: bool = False) -> None:  # fmt: skip
+        """head: of the copy, with objective consistency. decay: of the average whose jumps are the target; 0: the copy
+        itself. ema_decay: of the average that is kept. from_data: a time and the next lie on the line to the data, not
+        where the flow goes."""
+        assert model.diffusion_head is not None
+        self.model, self.head, self.decay = model, head, decay
+        self.student = copy.deepcopy(model.diffusion_head).requires_grad_(True)
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
+        self.flow = None if from_data else model.diffusion_head
+        self.optimizer, self.updates = torch.optim.Adam(self.student.parameters(), lr), 0
+        self.ema = WeightAverage(dict(self.student.named_parameters()), ema_decay)
+
+    def learn(self, batch: Batch) -> float:
+        """One update; returns its loss. Raises ValueError if the gradient is not finite."""
+        hidden_ND, location_N4, x_NP = patches(self.model, batch)
+        draws = draws_of(batch, x_NP.shape[1], self.head)
+        loss_M = head_loss(self.student, hidden_ND, location_N4, x_NP, draws, self.head, self.target, self.flow)
+        loss = update(loss_M.mean(), self.student, self.optimizer)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target.parameters()), list(self.student.parameters()), 1 - self.decay)
+        self.ema.update(dict(self.student.named_parameters()), self.updates)
+        self.updates += 1
+        return loss
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The average of the copy's weights, by the names that they have in the model."""
+        return _of_model(self.ema.parts)
+
+    def raw(self) -> dict[str, Tensor]:
+        """The copy's weights, by the names that they have in the model."""
+        return _of_model(dict(self.student.named_parameters()))
+
+
+def _of_model(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"diffusion_head.{name}": part.detach() for name, part in parts.items()}
 
 
 def distill_consistency(generator: Generator, config: Config, updates: int, lr: float, decay: float, from_data: bool
                         ) -> tuple[checkpoint.Checkpoint, list[float]]:  # fmt: skip
     """The new model, of which config is, and the loss of every update."""
-    head = config.model.head
-    generator.model.solver = None  # It would not serve the new head.
-    flow = head_of(generator)
-    student, average = copy.deepcopy(flow).requires_grad_(True), copy.deepcopy(flow)
-    optimizer, losses = torch.optim.Adam(student.parameters(), lr), []
-    ema = WeightAverage(dict(student.named_parameters()), config.optim.ema_decay)
-    for number, batch in enumerate(batches(config, generator, updates)):
-        hidden_ND, location_N4, x_NP = patches(generator.model, batch)
-        draws = draws_of(batch, x_NP.shape[1], head)
-        loss_M = head_loss(student, hidden_ND, location_N4, x_NP, draws, head, average, None if from_data else flow)
-        losses.append(update(loss_M.mean(), student, optimizer))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
-        ema.update(dict(student.named_parameters()), number)
-
-    def with_head(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return generator.model.tensors() | {f"diffusion_head.{name}": part for name, part in parts.items()}
-
-    raw = dict(student.named_parameters())
-    return checkpoint.Checkpoint(config, updates, with_head(raw), with_head(ema.parts), {}), losses
+    model = generator.model
+    head_of(generator)
+    model.solver = None  # It would not serve the new head.
+    lesson = ConsistencyLesson(model, config.model.head, lr, decay, config.optim.ema_decay, from_data)
+    losses = [lesson.learn(batch) for batch in batches(config, generator, updates)]
+    raw, averaged = (model.tensors() | parts for parts in (lesson.raw(), lesson.averaged()))
+    return checkpoint.Checkpoint(config, updates, raw, averaged, {}), losses
 
 
 def write_run(made: checkpoint.Checkpoint, generator: Generator, out: Path) -> Path:

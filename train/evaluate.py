@@ -25,7 +25,7 @@ from data.source.stdlib import StandardLibrary
 from model.batch import Batch
 from model.diffusion.guidance import Guidance
 from model.diffusion.sampler import LEARNED, SAMPLERS
-from model.generate import Sampling, sampler_of
+from model.sampling import Sampling, sampler_of
 from model.text_head import bits_per_byte
 from train import checkpoint
 from train.config import Config, ShapesSection
@@ -85,6 +85,8 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
         **{f"{name}, drawn, {key}": _mean([score[key] for score in found if key in score]) for key in sorted(keys)},
         f"{name}, seam energy": seam_energy(drawn, patch),
         f"{name}, seam energy, held-out pictures": seam_energy(real, patch),
+        f"{name}, saturated": saturated(drawn),
+        f"{name}, saturated, held-out pictures": saturated(real),
         f"{name}, CPU seconds per picture": seconds,
     }
     if task.only_draw:
@@ -135,6 +137,8 @@ def digits(task: Task) -> Scores:
         "seam energy": seam_energy(drawn, patch),
         "seam energy, test split": seam_energy(test_pixels, patch),
         "seam energy, training split": seam_energy(train_pixels, patch),
+        "saturated": saturated(drawn),
+        "saturated, test split": saturated(test_pixels),
         "CPU seconds per picture": seconds,
     }
     if task.only_draw:
@@ -203,6 +207,11 @@ def seam_energy(pictures: Sequence[np.ndarray] | np.ndarray, patch: int) -> floa
     return float(outer.mean() / max(inner.mean(), 1e-12)) if outer.size and inner.size else float("nan")
 
 
+def saturated(pictures: Sequence[np.ndarray] | np.ndarray) -> float:
+    """Part of the numbers that are 0 or 255, the ends of the range. Too strong guidance shows there as fringes."""
+    return _mean([((picture == 0) | (picture == 255)).mean() for picture in pictures])
+
+
 def _drift(task: Task, prompts: Sequence[str], drawn: Sequence[np.ndarray] | np.ndarray, real_prompts: Sequence[str],
            real: Sequence[np.ndarray] | np.ndarray) -> Scores:  # fmt: skip
     """The loss of the head on real pictures (every patch after the true ones) and on the model's own (every patch after
@@ -231,7 +240,7 @@ def _gray(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float64).mean(-1).reshape(len(pixels), -1) * 16 / 255
 
 
-def _mean(values: Sequence[bool] | np.ndarray) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 

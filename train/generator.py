@@ -15,8 +15,10 @@ from data.document import Document, Image, Text
 from data.encode import Encoder
 from data.image import unpatchify
 from data.tokenizer import Tokenizer
-from model.generate import GeneratedText, Prompt, Request, Sampling, generate
+from model.generate import generate
 from model.ropeway import Ropeway
+from model.sampling import Sampling
+from model.writer import GeneratedText, Prompt, Request
 from train import checkpoint
 from train.config import Config
 from train.pipeline import make_encoder, vocabulary_of

@@ -9,7 +9,7 @@ from PIL import Image as Picture
 from data.document import Document, Image, Text
 from data.mixture import Mixture
 from model.diffusion.guidance import Guidance
-from model.generate import Sampling
+from model.sampling import Sampling
 from train.config import EvalSection
 from train.generator import Generator
 

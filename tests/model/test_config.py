@@ -28,7 +28,7 @@ from tests.model.support import VOCABULARY, Words, batch_of, build, picture, tin
         {"attention": ("dense", "vq"), "vq": VQConfig(codebook="simvq")},
         {"head": HeadConfig(width=40, depth=1, objective="ddpm", path="cosine", prediction="eps", loss="eps")},
         {"head": HeadConfig(width=40, depth=1, objective="shortcut")},
-        {"head": HeadConfig(width=40, depth=1, objective="consistency", time_law="uniform")},
+        {"head": HeadConfig(width=40, depth=1, objective="consistency", time_law="uniform", loss="x")},
     ],
 )
 def test_parameter_counts(changes) -> None:
@@ -139,7 +139,8 @@ def test_refusals(changes, word) -> None:
     [{"width": 0}, {"depth": 0}, {"draws": 0}, {"time_std": 0.0}, {"time_eps": 0.0}, {"time_eps": 1.0},
      {"noise_scale": -1.0}, {"time_scale": float("nan")}, {"time_shift": 0.0}, {"loss_scales": 0},
      {"consistency_steps": 0}, {"prediction": "eps", "objective": "shortcut"}, {"loss": "eps", "objective": "shortcut"},
-     {"path": "cosine", "objective": "shortcut"}, {"time_law": "logit-normal", "objective": "consistency"}],
+     {"path": "cosine", "objective": "shortcut"}, {"time_law": "logit-normal", "objective": "consistency"},
+     {"loss": "v", "objective": "consistency", "time_law": "uniform"}],
 )  # fmt: skip
 def test_head_refusals(changes) -> None:
     with pytest.raises(ValueError, match=f"model.head.{next(iter(changes))}"):

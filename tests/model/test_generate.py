@@ -14,12 +14,16 @@ from model import generate as generation
 from model.attention import KINDS
 from model.attention.dense import DenseState
 from model.batch import Batch, to_bytes
+from model.brush import Brush
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
 from model.diffusion.objective import OBJECTIVES
 from model.diffusion.path import PATHS
 from model.diffusion.sampler import GRIDS, SAMPLERS
-from model.generate import GeneratedImage, GeneratedText, Prompt, Request, Sampling, choose_tokens, generate
+from model.generate import generate
+from model.sampling import Sampling, choose_tokens
+from model.streams import Streams
+from model.writer import GeneratedImage, GeneratedText, Prompt, Request, Writer, mix
 from tests.model.support import (
     VOCABULARY,
     Document,
@@ -110,7 +114,7 @@ def slow_patch(model, hidden, place, noise, sampling: Sampling, unconditional=No
 
 
 def mixed_seed(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(generation._mix(seed, stream))
+    return torch.Generator().manual_seed(mix(seed, stream))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
     model = build(tiny_config(dim=dim, patch_size=patch_size, head=HeadConfig(width=width, depth=2)))
     requests = random_requests(11, patch_size)
     states: list[torch.Tensor] = []
-    advance = generation._Streams.advance
+    advance = Streams.advance
 
     def recording(self, *arguments):  # type: ignore[no-untyped-def]
         states.append(self.hidden_RD.clone())
@@ -208,7 +212,7 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
 
     asked: list[int] = []  # seeds, which are the numbers of the samples, in the order of the rows of logits
     scores: dict[int, list[torch.Tensor]] = {b: [] for b in range(11)}
-    uniform = generation._Writer.uniform
+    uniform = Writer.uniform
 
     def asking(self) -> torch.Tensor:  # type: ignore[no-untyped-def]
         asked.append(self.request.seed)
@@ -220,8 +224,8 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
         asked.clear()
         return choose_tokens(logits_NV, *arguments)
 
-    monkeypatch.setattr(generation._Streams, "advance", recording)
-    monkeypatch.setattr(generation._Writer, "uniform", asking)
+    monkeypatch.setattr(Streams, "advance", recording)
+    monkeypatch.setattr(Writer, "uniform", asking)
     monkeypatch.setattr(generation, "choose_tokens", choosing)
 
     def run(batch: list[Request]) -> tuple[list, list[torch.Tensor], dict[int, list[torch.Tensor]]]:
@@ -298,8 +302,8 @@ def test_guidance_without_text_changes_at_most_the_rounding() -> None:
 
 
 def head_of(objective: str) -> HeadConfig:
-    law = "uniform" if objective == "consistency" else "logit-normal"
-    return HeadConfig(width=24, depth=2, objective=objective, time_law=law)  # type: ignore[arg-type]
+    changes = {"time_law": "uniform", "loss": "x"} if objective == "consistency" else {}
+    return HeadConfig(width=24, depth=2, objective=objective, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -545,7 +549,7 @@ LEAKS = {
 )
 def test_patches_need_no_word_between_host_and_device(objective, path, scale, leak, monkeypatch) -> None:
     """On the meta device, where nothing has a value that one could wait for; and nothing is sent per patch."""
-    draw = generation._Brush.draw
+    draw = Brush.draw
 
     def leaking(self) -> None:  # type: ignore[no-untyped-def]
         draw(self)
@@ -557,11 +561,11 @@ def test_patches_need_no_word_between_host_and_device(objective, path, scale, le
         self.states = [DenseState(*empty[:2]), DenseState(*empty[2:])]
         self.hidden_RD = torch.zeros(len(lengths), model.config.dim, device="meta")
 
-    monkeypatch.setattr(generation._Brush, "draw", leaking)
+    monkeypatch.setattr(Brush, "draw", leaking)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
     # Once per prompt, and once at the end:
-    monkeypatch.setattr(generation._Streams, "read", reading)
-    monkeypatch.setattr(generation._Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
+    monkeypatch.setattr(Streams, "read", reading)
+    monkeypatch.setattr(Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
     model = build(tiny_config(head=HeadConfig(width=24, depth=2, objective=objective, path=path))).to("meta")
 
     def sent(grid: tuple[int, int]) -> int:

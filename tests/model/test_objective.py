@@ -22,7 +22,7 @@ KINDS = ("x", "v", "eps")
 def head_config(**changes: object) -> HeadConfig:
     settings: dict = {"width": 24, "depth": 2, "draws": 2}
     if changes.get("objective") == "consistency":
-        settings["time_law"] = "uniform"
+        settings |= {"time_law": "uniform", "loss": "x"}
     return HeadConfig(**(settings | changes))
 
 
@@ -342,7 +342,7 @@ def test_consistency_loss_by_hand() -> None:
     with torch.no_grad():
         last = time > 0.6
         target = torch.where(last, x, jump((time + 1 / 3).clamp_max(1)))
-        expected = ((jump(time) - target) / (1 - time)).square().mean(1)
+        expected = (jump(time) - target).square().mean(1)
     assert last.any()
     assert not last.all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -370,7 +370,7 @@ def test_consistency_with_an_average_and_a_teacher_by_hand(prediction, distils) 
         there = z + velocity(teacher, z, time) / 3 if distils else after * x + (1 - after) * noise
         last, safe = time > 0.6, after.clamp_max(0.9)
         target = torch.where(last, there, there + (1 - after) * velocity(average, there, safe))
-        expected = ((z + (1 - time) * velocity(head, z, time) - target) / (1 - time)).square().mean(1)
+        expected = (z + (1 - time) * velocity(head, z, time) - target).square().mean(1)
     assert last.any()
     assert not last.all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -515,3 +515,37 @@ def test_predicting_x_keeps_samples_on_the_data_plane() -> None:
         off_plane[prediction] = float((samples - samples @ plane @ plane.T).norm(dim=1).median())
     assert off_plane["x"] < 1
     assert off_plane["v"] > 5 * off_plane["x"]
+
+
+@pytest.mark.slow
+def test_consistency_training_from_scratch_reaches_its_fixed_point() -> None:
+    """Of Gaussian data all jumps are linear: the best jump from a time is the regression of the next one's end on z.
+
+    From pure noise it is then the mean, plus the product of these slopes times z. It shrinks the data (every regression
+    loses what it cannot know), the less the more times there are.
+    """
+    mean, deviation, times = 0.4, 0.5, 8
+    slope = 1.0
+    for k in range(times):
+        t, after = k / times, (k + 1) / times
+        slope *= (t * after * deviation**2 + (1 - t) * (1 - after)) / (t**2 * deviation**2 + (1 - t) ** 2)
+    assert 0.35 < slope < 0.45, "the closed form: below the deviation, 0.5"
+
+    config = head_config(objective="consistency", consistency_steps=times, draws=1)
+    torch.manual_seed(0)
+    toy, count, steps = _Toy(2), 512, 800
+    optimizer = torch.optim.Adam(toy.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    nothing = torch.zeros(count, 1)
+    for step in range(steps):
+        x = mean + deviation * torch.randn(count, 2)
+        loss_M = head_loss(toy, nothing, nothing, x, draw([count], [step], 2, config, CPU), config)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+        loss_M.mean().backward()
+        optimizer.step()
+        schedule.step()
+    z = torch.randn(4000, 2)
+    with torch.no_grad():
+        end = toy(z, torch.zeros(len(z)), z)
+    assert end.mean().item() == pytest.approx(mean, abs=0.05)
+    assert ((end - mean) * z).mean().item() == pytest.approx(slope, abs=0.05)

@@ -10,8 +10,10 @@ from model.batch import Batch, to_bytes, to_pixels
 from model.config import HeadConfig
 from model.diffusion.guidance import Guidance
 from model.diffusion.sampler import SAMPLERS
-from model.generate import GeneratedImage, Prompt, Request, Sampling, generate
+from model.generate import generate
 from model.ropeway import Ropeway
+from model.sampling import Sampling
+from model.writer import GeneratedImage, Prompt, Request
 from tests.model.support import VOCABULARY, Document, Words, batch_of, build, pack, picture, tiny_config
 
 RNG = np.random.default_rng(0)
@@ -125,9 +127,9 @@ def test_drawing_by_hand(scale) -> None:
             hidden = model.read(x, model.angles(batch.grid), batch.documents, batch.grid)[0]
             return (model.sequence_head(hidden[batch.rows_BS > 0][-6:]) - z) / (1 - time)
 
-        from model.generate import _mix
+        from model.writer import mix
 
-        z = torch.randn(6, 12, generator=torch.Generator().manual_seed(_mix(request.seed, 1)))
+        z = torch.randn(6, 12, generator=torch.Generator().manual_seed(mix(request.seed, 1)))
         with torch.no_grad():
             for step in range(3):
                 without = velocity(z, step / 3, words=False)

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from model.attention.codebook import VQConfig
-from model.generate import Request, Sampling, generate
+from model.generate import generate
+from model.sampling import Sampling
+from model.writer import Request
 from tests.model.support import Recorder, Words, batch_of, build, picture, tiny_config
 from tests.model.test_generate import prompt_of, uncached
 

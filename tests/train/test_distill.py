@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.generate import Sampling
+from model.sampling import Sampling
 from tests.train.support import TINY, assert_one_line, flip, start
 from train import checkpoint
 from train.generator import Generator

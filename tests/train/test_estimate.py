@@ -48,7 +48,7 @@ SHAPES = {
     "velocity": ("--model.head.prediction=v",),
     "ddpm": ("--model.head.objective=ddpm", "--model.head.path=cosine", "--model.head.draws=12"),
     "shortcut": ("--model.head.objective=shortcut", "--model.head.draws=8"),
-    "consistency": ("--model.head.objective=consistency", "--model.head.time_law=uniform"),
+    "consistency": ("--model.head.objective=consistency", "--model.head.time_law=uniform", "--model.head.loss=x"),
 }
 LONG = (
     "--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=400", "--data.row_length=800",

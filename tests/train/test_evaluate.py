@@ -12,11 +12,11 @@ import torch
 from data.source.digits import arrays
 from data.source.shapes import Scene, Thing, caption, held_out_captions, render
 from data.source.stdlib import StandardLibrary
-from model.generate import Sampling
+from model.sampling import Sampling
 from tests.train.support import TINY, assert_one_line, start
 from train import checkpoint, settings
 from train.config import TextSection
-from train.evaluate import SUITES, Task, _gray, _true, frechet_distance, image_loss, seam_energy
+from train.evaluate import SUITES, Task, _gray, _true, frechet_distance, image_loss, saturated, seam_energy
 from train.evaluate import text as text_suite
 from train.generator import Generator
 
@@ -199,3 +199,10 @@ def test_every_suite_has_its_default_number() -> None:
 
     assert SUITES.keys() == _DEFAULT_NUM.keys()
     assert settings.parse(TINY)[0].eval.sampler_steps >= 1
+
+
+def test_saturated() -> None:
+    picture = np.full((2, 2, 3), 7, np.uint8)
+    assert saturated([picture]) == 0
+    picture[0, 0], picture[1, 1, 2] = 255, 0
+    assert saturated([picture, np.zeros((4, 4, 3), np.uint8)]) == pytest.approx((4 / 12 + 1) / 2)

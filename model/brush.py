@@ -1,0 +1,136 @@
+"""Drawing of images: patch by patch with the diffusion head, or whole through the backbone (image_mode transfusion)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from model.attention.documents import Documents
+from model.batch import to_bytes, to_pixels
+from model.diffusion.field import Field
+from model.diffusion.path import PATHS
+from model.diffusion.sampler import grid_of
+from model.diffusion.sequence import SequenceHead
+from model.positions import Grid
+from model.rope import Rotation
+from model.ropeway import Ropeway
+from model.sampling import Sampling, sampler_of
+from model.streams import ROW_MULTIPLE, Streams
+from model.writer import Writer
+
+
+class Brush:
+    """Draws the next patch of a set of samples, again and again without a word between host and device."""
+
+    def __init__(self, model: Ropeway, writers: list[Writer], draws: list[int], streams: Streams,
+                 sampling: Sampling) -> None:  # fmt: skip
+        self.draws, self.streams, self.sampling = draws, streams, sampling
+        if not draws:
+            return
+        assert model.diffusion_head is not None
+        self.head, config = model.diffusion_head, model.config.head
+        # Filled up for the same reason as the streams: products of few rows round differently.
+        chosen = draws + draws[-1:] * (-len(draws) % ROW_MULTIPLE)
+        device = streams.hidden_RD.device
+        self.sample_N = torch.tensor(chosen, device=device)
+        self.row_X = torch.cat([first + self.sample_N for first in streams.firsts])
+        self.noise_NTP = pad_sequence([streams.noise[b] for b in chosen], batch_first=True)
+        path = PATHS[config.path]
+        self.times = grid_of(sampling.grid, sampling.steps, path, sampling.time_shift)
+        # Jumps are learned in powers of two, and Euler's steps of the uniform grid are jumps; all else is the flow.
+        jumps = sampling.sampler == "euler" and sampling.grid == "uniform" and sampling.time_shift == 1
+        steps = sampling.steps if jumps and sampling.steps.bit_count() == 1 else 0
+        self.shortcut_X = torch.full((len(self.row_X),), steps, device=device)
+        self.sampler, self.noise_scale = sampler_of(model, sampling), config.noise_scale * (1 - self.times[0])
+
+        def random() -> Tensor:
+            fresh = {b: writers[b].fresh_P() for b in draws}
+            stacked_NP = torch.stack([fresh[b] for b in chosen])
+            return sampling.noise_temperature * stacked_NP.to(device, non_blocking=True)
+
+        self.field = Field(
+            self.head, config, sampling.guidance, random, clamp=sampling.clamp,
+            learned_variance=config.objective == "ddpm" and sampling.sampler == "ddpm",
+        )  # fmt: skip
+
+    def draw(self) -> None:
+        """Put the next patch of every sample into the streams."""
+        streams, sample_N = self.streams, self.sample_N
+        location_N4 = streams.places(sample_N)
+        row, col, rows, cols = location_N4.unbind(-1)
+        ordinal_N = (row - 1) * cols + col
+        condition_XW = self.head.condition(streams.hidden_RD[self.row_X], location_N4.repeat(len(streams.firsts), 1))
+        if self.field.config.objective == "shortcut":
+            condition_XW = self.head.shortcut(condition_XW, self.shortcut_X)
+        self.field.begin(condition_XW, (ordinal_N / (rows * cols)).unsqueeze(1))
+        every_N = torch.arange(len(sample_N), device=sample_N.device)
+        z = self.noise_NTP[every_N, ordinal_N - 1] * self.noise_scale
+        z = self.sampler(self.field, z, self.times, self.field.noise)
+        streams.patch_RTP[self.row_X, streams.length_R[self.row_X]] = to_bytes(z).repeat(len(streams.firsts), 1)
+
+
+@dataclass
+class _Painter:
+    """The backbone as a head: what it says about noised images, behind all that was written."""
+
+    model: Ropeway
+    head: SequenceHead
+    token_RS: Tensor
+    is_patch_RS: Tensor
+    pixels_NP: Tensor
+    """All patches; those at noised_M are replaced."""
+    noised_M: Tensor
+    slot_M: Tensor
+    """Where the noised patches are in the flattened slots."""
+    angles: Rotation
+    documents: Documents
+
+    def embed_time(self, time_1: Tensor) -> Tensor:
+        return self.head.embed_time(time_1)
+
+    def __call__(self, z_MP: Tensor, _: None, time_1D: Tensor) -> Tensor:
+        clean_1D = self.head.embed_time(z_MP.new_ones(1))
+        time_ND = clean_1D.repeat(len(self.pixels_NP), 1).index_copy(0, self.noised_M, time_1D.expand(len(z_MP), -1))
+        pixels_NP = self.pixels_NP.index_copy(0, self.noised_M, z_MP)
+        x_RSD = self.model.embed(self.token_RS, self.is_patch_RS, pixels_NP, time_ND)
+        hidden_RSD, _commit = self.model.backbone(x_RSD, self.angles, self.documents)
+        return self.head(hidden_RSD.flatten(0, 1).index_select(0, self.slot_M))
+
+
+def paint(model: Ropeway, head: SequenceHead, writers: list[Writer], begun: list[int], streams: Streams,
+           sampling: Sampling) -> None:  # fmt: skip
+    """Draw the whole images of the samples in begun, and read them. An evaluation computes the prompts anew."""
+    device, config = streams.hidden_RD.device, model.config.head
+    counts = torch.tensor([len(streams.noise[b]) for b in begun], device=device).repeat(len(streams.firsts))
+    row_R = torch.tensor([first + b for first in streams.firsts for b in begun], device=device)
+    end_R = streams.length_R[row_R] + counts
+    slot_S = torch.arange(int(end_R.max()), device=device)
+    valid_RS = slot_S < end_R[:, None]
+    is_patch_RS = (streams.rows_RT[row_R][:, slot_S] > 0) & valid_RS
+    is_noised_RS = is_patch_RS & (slot_S >= streams.length_R[row_R, None])
+    grid = Grid(*(column[:, slot_S] for column in streams.grid(row_R)))
+    painter = _Painter(
+        model, head, streams.token_RT[row_R][:, slot_S], is_patch_RS,
+        pixels_NP=to_pixels(streams.patch_RTP[row_R][:, slot_S][is_patch_RS]),
+        noised_M=is_noised_RS[is_patch_RS].nonzero()[:, 0], slot_M=is_noised_RS.flatten().nonzero()[:, 0],
+        angles=model.rotation(streams.positions_RT2[row_R][:, slot_S]),
+        documents=model.attended(Documents.of(valid_RS.long().cpu()).to(device), grid),
+    )  # fmt: skip
+
+    def random() -> Tensor:
+        fresh = [writers[b].fresh_P() for b in begun for _ in streams.noise[b]]
+        return sampling.noise_temperature * torch.stack(fresh).to(device)
+
+    field = Field(painter, config, sampling.guidance, random, sampling.clamp)  # type: ignore[arg-type]
+    times = grid_of(sampling.grid, sampling.steps, PATHS[config.path], sampling.time_shift)
+    z = torch.cat([streams.noise[b] for b in begun]) * config.noise_scale * (1 - times[0])
+    field.begin(z.new_zeros(()), z.new_ones(len(z), 1))
+    patches_MP = to_bytes(sampler_of(model, sampling)(field, z, times, field.noise)).repeat(len(streams.firsts), 1)
+    row_M, place_M = is_noised_RS.nonzero().unbind(1)
+    streams.patch_RTP[row_R[row_M], place_M] = patches_MP
+    streams.length_R[row_R] = end_R
+    for b in begun:
+        for _ in streams.noise[b]:
+            writers[b].write_patch()
+    streams.read(streams.length_R.tolist())

@@ -1,0 +1,167 @@
+"""The rows of a generation batch: what was written in them, and what the backbone has read of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from model.attention.dense import KEY_MULTIPLE
+from model.attention.documents import Documents
+from model.batch import to_pixels
+from model.positions import Grid
+from model.ropeway import Ropeway
+from model.writer import Prompt, Request, Writer
+
+ROW_MULTIPLE = 8
+"""Rows of a generation batch are filled up to a multiple of this: matrix products of fewer rows take other code paths
+with other rounding, and the pixels of a seed must not depend on the batch it is in."""
+
+_PLACE = ("row", "col", "rows", "cols")
+
+
+class Streams:
+    """The rows of the batch: one per sample, then, if guided, one per sample without text, then perhaps one without
+    the prompt's images too; with their decode states. What follows from the size of an image (places, positions) is
+    written down when it begins, so that its patches need nothing from the host."""
+
+    def __init__(self, model: Ropeway, writers: Sequence[Writer], count: int) -> None:
+        """count: number of streams, see Guidance.streams."""
+        self.model = model
+        filled = list(writers) + [writers[-1]] * (-len(writers) % ROW_MULTIPLE)
+        prompts = [writer.request.prompt for writer in filled]
+        self.firsts = [stream * len(filled) for stream in range(count)]
+        """The row of the first sample in each stream."""
+        textless = [_without_text(prompt, model.vocabulary.pad) for prompt in prompts]
+        imageless = [_beginning(prompt) for prompt in prompts]
+        prompts = [
+            _extended(prompt, writer.opening)
+            for stream in (prompts, textless, imageless)[:count]
+            for prompt, writer in zip(stream, filled, strict=True)
+        ]
+        self.rows = len(prompts)
+        lengths = [len(prompt.token) for prompt in prompts]
+        self.capacity = max(_new_slots(writer.request) for writer in writers)
+        device = model.token_embedding.weight.device
+        total = _rounded_up(max(lengths)) + self.capacity + 1
+        self.token_RT, self.row_RT, self.col_RT, self.rows_RT, self.cols_RT = (
+            torch.stack([_padded(getattr(prompt, name), total) for prompt in prompts]).to(device)
+            for name in ("token", *_PLACE)
+        )
+        self.positions_RT2 = model.positions(self.grid(slice(None)))
+        self.length_R = torch.tensor(lengths, device=device)
+        self.every_R = torch.arange(self.rows, device=device)
+        self.patch_RTP = torch.zeros(self.rows, total, model.config.patch_width, dtype=torch.uint8, device=device)
+        row_N = np.concatenate([np.full(len(prompt.patches), row) for row, prompt in enumerate(prompts)])
+        slot_N = np.concatenate([np.flatnonzero(prompt.rows) for prompt in prompts])
+        patches_NP = np.concatenate([prompt.patches for prompt in prompts])
+        row, slot, patches = (torch.from_numpy(x).to(device) for x in (row_N, slot_N, patches_NP))
+        self.patch_RTP[row, slot] = patches
+        self.noise: dict[int, Tensor] = {}
+        """Of the patches of the image that each sample draws, (patches, P)."""
+        self._active: list[bool] = []
+        self.read(lengths)
+
+    def read(self, lengths: list[int]) -> None:
+        """Read all that was written so far, anew. lengths: slots of every row."""
+        model, device = self.model, self.length_R.device
+        self.longest, end = max(lengths), _rounded_up(max(lengths))
+        slots, valid = slice(0, end), torch.arange(end) < torch.tensor(lengths)[:, None]
+        is_patch_RS = (self.rows_RT[:, slots] > 0) & valid.to(device)
+        patches_NP = self.patch_RTP[:, slots][is_patch_RS]
+        # embed leaves the surplus unused
+        pixels_NP = to_pixels(pad(patches_NP, (0, 0, 0, -len(patches_NP) % ROW_MULTIPLE)))
+        x_RSD = model.embed(self.token_RT[:, slots], is_patch_RS, pixels_NP)
+        angles = model.rotation(self.positions_RT2[:, slots])
+        documents = Documents.of(valid.long(), multiple=KEY_MULTIPLE).to(device)
+        documents = model.attended(documents, self.grid(slice(None), slots))
+        hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, self.token_RT.shape[1])
+        self.hidden_RD = hidden[self.every_R, self.length_R - 1]
+
+    def grid(self, row_X: slice | list[int] | Tensor, slots: slice = slice(None)) -> Grid:
+        columns = [column[row_X, slots] for column in (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)]
+        index_XT = torch.arange(1, columns[0].shape[1] + 1, device=columns[0].device).expand_as(columns[0])
+        return Grid(index_XT, *columns)
+
+    def begin_image(self, b: int, writer: Writer) -> None:
+        """Write down the slots of all patches of the image that sample b has announced."""
+        device, every = self.length_R.device, [first + b for first in self.firsts]
+        ordinal_N = torch.arange(writer.rows * writer.cols, device=device)
+        slot_XN = self.length_R[every].unsqueeze(1) + ordinal_N
+        row_X1 = torch.tensor(every, device=device).unsqueeze(1)
+        self.token_RT[row_X1, slot_XN] = self.model.vocabulary.patch
+        self.row_RT[row_X1, slot_XN] = ordinal_N // writer.cols + 1
+        self.col_RT[row_X1, slot_XN] = ordinal_N % writer.cols + 1
+        self.rows_RT[row_X1, slot_XN] = writer.rows
+        self.cols_RT[row_X1, slot_XN] = writer.cols
+        self.positions_RT2[every] = self.model.positions(self.grid(every))
+        self.noise[b] = writer.noise_NP().to(device)
+
+    def places(self, row_N: Tensor) -> Tensor:
+        """row, col, rows, cols of the next slot of some rows, (N, 4)."""
+        columns = (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)
+        return torch.stack([column[row_N, self.length_R[row_N]] for column in columns], dim=-1)
+
+    def put(self, tokens: dict[int, int]) -> None:
+        """Write tokens into the next slots of samples."""
+        if tokens:
+            samples, values = (torch.tensor(list(x), device=self.length_R.device) for x in (tokens, tokens.values()))
+            for first in self.firsts:
+                self.token_RT[first + samples, self.length_R[first + samples]] = values
+
+    def advance(self, draws: list[int], tokens: dict[int, int]) -> None:
+        """Read the slot that was written in the rows of these samples; text enters the first stream only. The other
+        rows compute on junk that the next slot replaces."""
+        active = [False] * self.rows
+        for first in self.firsts:
+            for b in (*draws, *(b for b, token in tokens.items() if not first or token >= self.model.vocabulary.pad)):
+                active[first + b] = True
+        if active != self._active:
+            self._active, self.active_R = active, torch.tensor(active, device=self.length_R.device)
+        x_R1D = self.model.token_embedding(self.token_RT[self.every_R, self.length_R]).unsqueeze(1)
+        if draws:
+            patch_RP = self.patch_RTP[self.every_R, self.length_R]
+            patch_R1D = self.model.patch_embedding(to_pixels(patch_RP)).unsqueeze(1)
+            is_patch_R = self.rows_RT[self.every_R, self.length_R] > 0
+            x_R1D = torch.where(is_patch_R[:, None, None], patch_R1D.to(x_R1D.dtype), x_R1D)
+        angles = self.model.rotation(self.positions_RT2[self.every_R, self.length_R].unsqueeze(1))
+        hidden = self.model.backbone.step(x_R1D, angles, self.length_R, self.longest, self.states)[:, 0]
+        self.hidden_RD = torch.where(self.active_R[:, None], hidden, self.hidden_RD)
+        self.length_R = self.length_R + self.active_R
+        self.longest += 1
+
+    def drawn(self) -> np.ndarray:
+        """Patches by sample and slot of its first stream, (B, T, P) uint8, on the host."""
+        return self.patch_RTP[: self.rows // len(self.firsts)].cpu().numpy()
+
+
+def _new_slots(request: Request) -> int:
+    patches = request.grid[0] * request.grid[1] if request.grid else request.max_patches
+    return request.max_text + request.max_images * (patches + 4) + 1
+
+
+def _rounded_up(rows: int) -> int:
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _padded(column: np.ndarray, length: int) -> Tensor:
+    return torch.from_numpy(np.pad(column.astype(np.int64), (0, length - len(column))))
+
+
+def _without_text(prompt: Prompt, first_special: int) -> Prompt:
+    keep = prompt.token >= first_special
+    columns = {name: getattr(prompt, name)[keep] for name in ("token", *_PLACE)}
+    return Prompt(**columns, patches=prompt.patches)
+
+
+def _extended(prompt: Prompt, tokens: list[int]) -> Prompt:
+    """With these tokens, which are none of patches, behind it."""
+    rest = {name: np.append(getattr(prompt, name), np.zeros(len(tokens), np.int64)) for name in _PLACE}
+    return Prompt(np.append(prompt.token, np.array(tokens, np.int64)), **rest, patches=prompt.patches)
+
+
+def _beginning(prompt: Prompt) -> Prompt:
+    """<bos> alone."""
+    columns = {name: getattr(prompt, name)[:1] for name in ("token", *_PLACE)}
+    return Prompt(**columns, patches=prompt.patches[:0])
