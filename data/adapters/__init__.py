@@ -138,7 +138,8 @@ def read(
         except Exception as error:  # decoders of broken files raise all kinds of exceptions
             if unit.kind == "hf" and columns and columns.streaming and not isinstance(error, ValueError):
                 # Not the data's fault: what is left would be lost with a rejection, and is there when tried again.
-                raise OSError(f"{path}: the stream broke off behind {where or 'its start'}: {one_line(error)}") from None
+                last = where or "its start"
+                raise OSError(f"{path}: the stream broke off behind {last}: {one_line(error)}") from None
             yield Rejection(path, f"after {where}" if where else "file", f"cannot be read on: {one_line(error)}")
 
 

@@ -89,7 +89,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{**row, "png": {"bytes": row["png"]}} for row in rows]), file, row_group_size=2)
+    table = pa.Table.from_pylist([{**row, "png": {"bytes": row["png"]}} for row in rows])
+    pq.write_table(table, file, row_group_size=2)
     return file.getvalue()
 
 
@@ -128,7 +129,8 @@ def test_files_behind_urls(tmp_path: Path, server: Server, builder: str, make: A
     server.files = {"0": make(ROWS[:3]), "1": make(ROWS[3:])}
     prepare.main(options(tmp_path, server, builder, ["0", "1"], columns))
     prepared = Prepared(tmp_path / "out")
-    shards = [pa.ipc.open_file(str(path)).read_all().to_pylist() for path in sorted((tmp_path / "out/shards").iterdir())]
+    paths = sorted((tmp_path / "out/shards").iterdir())
+    shards = [pa.ipc.open_file(str(path)).read_all().to_pylist() for path in paths]
     assert [[row["segments"][0]["text"] for row in rows] for rows in shards] == [
         ["text 0", "text 1", "text 2"], ["text 3", "text 4"]
     ]  # fmt: skip
