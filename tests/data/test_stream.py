@@ -25,7 +25,7 @@ ROWS: list[dict[str, Any]] = [{"n": str(k), "txt": f"text {k}", "png": PICTURES[
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Files by name. From the moment that `dead` is set it hangs up on everyone."""
+    """Files by name. When `dead` it hangs up on everyone, when `cut` in the middle of a content."""
 
     daemon_threads = True
 
@@ -33,7 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.ranges: list[str] = []
-        self.dead = False
+        self.dead = self.cut = False
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -65,7 +65,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if body:
+        if body and self.server.cut:
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        elif body:
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
@@ -155,16 +158,19 @@ def test_a_server_that_is_not_there_or_has_no_such_file(tmp_path: Path, server: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("how", ["dead", "cut"])
+@pytest.mark.parametrize("make", [parquet, jsonl, tar])
 def test_a_stream_that_breaks_off_ends_the_run_and_the_same_command_goes_on(
-    tmp_path: Path, server: Server, capsys, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, capsys, monkeypatch: pytest.MonkeyPatch, make: Any, how: str
 ) -> None:
     """What the server did not deliver is not taken for rejected."""
-    server.files = {"0": parquet(ROWS[:3]), "1": parquet(ROWS[3:])}
-    arguments = options(tmp_path, server, "parquet", ["0", "1"], "[{text: txt}, {image: png}]")
+    server.files = {"0": make(ROWS[:3]), "1": make(ROWS[3:])}
+    builder = {parquet: "parquet", jsonl: "json", tar: "webdataset"}[make]
+    arguments = options(tmp_path, server, builder, ["0", "1"], "[{text: txt}]")
     make_shard = prepare.make_shard
 
     def dies(job, unit, number, *rest) -> None:
-        server.dead = number == 1
+        setattr(server, how, number == 1)
         make_shard(job, unit, number, *rest)
 
     monkeypatch.setattr(prepare, "make_shard", dies)
@@ -173,7 +179,7 @@ def test_a_stream_that_breaks_off_ends_the_run_and_the_same_command_goes_on(
     assert exit.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path}/a.yaml: the stream broke off behind its start: ")
-    server.dead = False
+    setattr(server, how, False)
     monkeypatch.setattr(prepare, "make_shard", make_shard)
     prepare.main(arguments)
     prepared = Prepared(tmp_path / "out")
