@@ -259,6 +259,7 @@ def _summarise(rows: Sequence[Row]) -> list[Row]:
     for reader, each in rates.items():
         tokens = [float(row["tokens_per_cpu_second"] or 0) for row in rows if row["reader"] == reader]
         ratios = [own / other for own, other in zip(rates["Ropeway"], each, strict=True)]
+        beside = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         summary.append(
             {
                 "reader": reader,
@@ -266,7 +267,7 @@ def _summarise(rows: Sequence[Row]) -> list[Row]:
                 "smallest": min(each),
                 "largest": max(each),
                 "text tokens per core and second": statistics.median(tokens),
-                "Ropeway / it": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                "Ropeway / it": beside if reader in ("datasets", "WebDataset") else "",
             }
         )
     return summary

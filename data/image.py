@@ -113,7 +113,7 @@ def image_size(source: ImageFile) -> tuple[int, int]:
 
 
 def load_image(source: ImageFile, fit: Callable[[int, int], tuple[int, int]] | None = None) -> np.ndarray:
-    """Read a file (a path, or its bytes) as (height, width, 3) uint8 RGB, the way a viewer would show it.
+    """Read a file (a path, or its bytes) as (height, width, 3) uint8 RGB, read-only, the way a viewer would show it.
 
     With `fit` it comes in the (height, width) that this gives for its own, as `resize_to_grid` would make it, but
     without the copies of the large array.
@@ -128,7 +128,7 @@ def load_image(source: ImageFile, fit: Callable[[int, int], tuple[int, int]] | N
             turn = _TURNS.get(_orientation(image))
             rgb = _to_rgb(image)
             rgb = rgb if turn is None else rgb.transpose(turn)
-            return np.array(_resized(rgb, *fit(rgb.height, rgb.width)) if fit else rgb)
+            return np.asarray(_resized(rgb, *fit(rgb.height, rgb.width)) if fit else rgb)
     except Exception as error:
         raise _unreadable(source, error) from error
 

@@ -167,16 +167,22 @@ class Stream:
                     self._cut(number, index, drop_condition(document) if form else document)
 
     def _is_dropped(self, epoch: int, ids: np.ndarray) -> np.ndarray:
-        return (hash_ids(ids, _DROP_CONDITION, self.seed, epoch) >> np.uint64(11)) < self._drop_below
+        return self._is_below(self._drop_below, ids, _DROP_CONDITION, self.seed, epoch)
 
-    def _is_turned(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+    def _is_turned(self, epoch: int, ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         """Only of documents that keep their condition, so that turning changes no length."""
-        drawn = (hash_ids(ids, _PICTURE_FIRST, self.seed, epoch) >> np.uint64(11)) < self._turn_below
-        return drawn & ~self._is_dropped(epoch, ids)
+        return self._is_below(self._turn_below, ids, _PICTURE_FIRST, self.seed, epoch) & ~dropped
 
-    def _whole_slots(self, epoch: int, ids: np.ndarray) -> np.ndarray:
-        """Slots of documents as they are used in this epoch, before any is cut."""
-        form = self._is_dropped(epoch, ids).astype(np.int64)
+    @staticmethod
+    def _is_below(limit: int, ids: np.ndarray, *keys: int) -> np.ndarray:
+        """Whether what is drawn for the ids, uniform in 0 .. 2^53 - 1, is below a limit."""
+        if limit == 0:
+            return np.zeros(len(ids), bool)
+        return (hash_ids(ids, *keys) >> np.uint64(11)) < limit
+
+    def _whole_slots(self, ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+        """Slots of documents, before any is cut."""
+        form = dropped.astype(np.int64)
         if len(self.sources) == 1:
             return self._slots_of(0, form, ids % len(self.sources[0]))
         slots = np.empty(len(ids), np.int32)
@@ -205,7 +211,7 @@ class Stream:
 
     def _pieces(self, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `Plan` asks for: ids and slots, documents longer than a row in pieces."""
-        slots = self._whole_slots(epoch, ids)
+        slots = self._whole_slots(ids, self._is_dropped(epoch, ids))
         too_long = slots > self.row_length
         if not too_long.any():
             return ids, slots
@@ -221,8 +227,9 @@ class Stream:
         sources = np.searchsorted(self._first_id, whole, side="right") - 1
         sizes = np.array([len(source) for source in self.sources])[sources]
         indices = (whole - self._first_id[sources]) % sizes
-        draws = self._whole_slots(epoch, whole), self._is_dropped(epoch, whole), self._is_turned(epoch, whole)
-        columns = (whole, pieces, sources, indices, *draws)
+        dropped = self._is_dropped(epoch, whole)
+        slots, turned = self._whole_slots(whole, dropped), self._is_turned(epoch, whole, dropped)
+        columns = (whole, pieces, sources, indices, slots, dropped, turned)
         return [_Use(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _form(self, use: _Use, pixels: bool) -> Document:

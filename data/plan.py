@@ -31,10 +31,16 @@ def hash_ids(ids: np.ndarray, *keys: int) -> np.ndarray:
 
     Integer arithmetic only, so that the numbers are the same on every platform and with every NumPy.
     """
+    return splitmix64(splitmix64(_state(keys) ^ ids.astype(np.uint64)))
+
+
+@lru_cache(maxsize=4096)  # The same few keys hash the documents of every row.
+def _state(keys: tuple[int, ...]) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     for key in keys:
         state = splitmix64(state ^ np.uint64(key & _MASK))
-    return splitmix64(splitmix64(state ^ ids.astype(np.uint64)))
+    state.flags.writeable = False
+    return state
 
 
 class Shuffle:

@@ -19,7 +19,7 @@ from data.adapters.forms import Columns, load_columns
 from data.command import OneLineParser, fail
 from data.document import Document, Image
 from data.encode import Encoder, drop_condition
-from data.prepare import measure, sha256_of
+from data.shard import measure, sha256_of
 from data.source.prepared import Prepared
 from data.tokenizer import Tokenizer
 

@@ -26,6 +26,7 @@ from train.config import Config, DataSection, StageSection
 
 Split = Literal["train", "test"]
 _ROW_SEED, _STAGE_SEED = 17, 18  # beside the uses of hashes in data/
+_AHEAD = 4  # steps that each worker makes ahead of time
 
 
 def make_tokenizer(data: DataSection) -> Tokenizer:
@@ -130,20 +131,6 @@ class Parcel:
     content_N: Tensor
     """uint8: what is in them, one behind the other."""
 
-    @classmethod
-    def wrap(cls, step: Step) -> "Parcel":
-        parts: list[Tensor] = []
-
-        def put(tensor: Tensor) -> Tensor:
-            flat_N = tensor.flatten().view(torch.uint8)
-            parts.extend([flat_N, flat_N.new_zeros(-len(flat_N) % 8)])  # The next one may be of a wider type.
-            return tensor.to("meta")
-
-        outline = step.map(put)
-        # Where the other process can read it, so that it is not copied once more.
-        content_N = torch.empty(sum(map(len, parts)), dtype=torch.uint8).share_memory_()
-        return cls(outline, torch.cat(parts, out=content_N))
-
     def unwrap(self) -> Step:
         """The step, its tensors being views of `content_N`."""
         end = 0
@@ -158,6 +145,35 @@ class Parcel:
     def pin_memory(self) -> "Parcel":
         """A copy that a GPU can fetch by itself (the DataLoader calls this)."""
         return replace(self, content_N=self.content_N.pin_memory())
+
+    def copy(self) -> "Parcel":
+        """The same in memory of this process."""
+        return replace(self, content_N=self.content_N.clone())
+
+
+class Wrapper:
+    """Makes parcels in shared memory, and uses it again: getting it anew takes longer than filling it.
+
+    A parcel has to be copied before the next `parcels` parcels have been made.
+    """
+
+    def __init__(self, parcels: int) -> None:
+        self.memory = [torch.empty(0, dtype=torch.uint8) for _ in range(parcels)]
+
+    def __call__(self, step: Step) -> Parcel:
+        parts: list[Tensor] = []
+
+        def put(tensor: Tensor) -> Tensor:
+            flat_N = tensor.flatten().view(torch.uint8)
+            parts.extend([flat_N, flat_N.new_zeros(-len(flat_N) % 8)])  # The next one may be of a wider type.
+            return tensor.to("meta")
+
+        outline, size = step.map(put), sum(map(len, parts))
+        memory_M = self.memory.pop(0)
+        if len(memory_M) < size:
+            memory_M = torch.empty(size, dtype=torch.uint8).share_memory_()
+        self.memory.append(memory_M)
+        return Parcel(outline, torch.cat(parts, out=memory_M[:size]))
 
 
 class StepRows(Dataset):
@@ -229,10 +245,12 @@ def load(rows: StepRows, first: int, last: int, workers: int, pin: bool = False)
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_AHEAD if workers else None,
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
-        collate_fn=Parcel.wrap,  # type: ignore[arg-type]  # without a batch size it gets the item itself
+        # Without a batch size it gets the item itself. A worker makes a step no sooner than the one _AHEAD before has
+        # been fetched, and of the one before that a copy has been made by then.
+        collate_fn=Wrapper(_AHEAD + 1),  # type: ignore[arg-type]
         worker_init_fn=_leave_signals_to_the_loop,
     )
     batches = iter(loader)
@@ -256,7 +274,9 @@ def load(rows: StepRows, first: int, last: int, workers: int, pin: bool = False)
 def _take(parcels: Iterator[Parcel]) -> Step | None:
     """The next step, None at the end."""
     parcel = next(parcels, None)
-    return parcel.unwrap() if parcel else None
+    if parcel is None:
+        return None
+    return (parcel if parcel.content_N.is_pinned() else parcel.copy()).unwrap()
 
 
 def _leave_signals_to_the_loop(_: int) -> None:

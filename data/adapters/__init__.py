@@ -113,7 +113,7 @@ def find_units(inputs: list[str], format: str = "auto", documents: int = 4096) -
 def read(
     unit: Unit, columns: Columns | None = None, image_folder: str | None = None
 ) -> Iterator[RawDocument | Rejection]:
-    """Everything in a unit, in order, as it is read.
+    """Everything in a unit, in order, as it is read. Raises OSError where a stream breaks off.
 
     `columns` says which columns make a document, None: those with known names. Image paths are taken from
     `image_folder` and must not leave it, None: from the folder of the file that names them.
@@ -136,6 +136,10 @@ def read(
                 except (ValueError, RecursionError) as error:
                     yield Rejection(path, where, one_line(error))
         except Exception as error:  # decoders of broken files raise all kinds of exceptions
+            if unit.kind == "hf" and columns and columns.streaming and not isinstance(error, ValueError):
+                # Not the data's fault: what is left would be lost with a rejection, and is there when tried again.
+                last = where or "its start"
+                raise OSError(f"{path}: the stream broke off behind {last}: {one_line(error)}") from None
             yield Rejection(path, f"after {where}" if where else "file", f"cannot be read on: {one_line(error)}")
 
 

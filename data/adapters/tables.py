@@ -99,7 +99,10 @@ def divide_dataset(columns: Columns, path: str, documents: int) -> list[Part]:
 
 def dataset_records(columns: Columns, path: str, start: int, stop: int | None) -> Found:
     """The rows of a range, or of a file of a stream."""
-    dataset = load_dataset(columns, path)
+    try:
+        dataset = load_dataset(columns, path)
+    except ValueError as error:
+        raise OSError(str(error)) from None  # It could be loaded when its parts were counted.
     if columns.streaming:
         for number, row in enumerate(dataset.shard(dataset.num_shards, start), 1):
             yield f"file {start + 1}, row {number}", row

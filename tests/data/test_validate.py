@@ -9,6 +9,8 @@ import pyarrow as pa
 import pytest
 
 from data import prepare
+from data.shard import sha256_of
+from data.source.prepared import SCHEMA
 from data.validate import check_prepared, main
 
 SAMPLES = Path("tests/data/samples")
@@ -63,7 +65,7 @@ def forge(copy: Path, name: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     entries = {**manifest["files"], **{shard["file"]: shard for shard in manifest["shards"]}}
     entries[name]["bytes"] = (copy / name).stat().st_size
-    entries[name]["sha256"] = prepare.sha256_of(copy / name)
+    entries[name]["sha256"] = sha256_of(copy / name)
     (copy / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -82,8 +84,8 @@ def test_wrong_ids_and_pictures_are_found(copy: Path) -> None:
     rows[0]["segments"][0]["ids"][0] += 1
     rows[1]["segments"][1]["image"] = rows[1]["segments"][1]["image"][:-40]
     rows[2]["segments"][1]["height"] += 1
-    with pa.ipc.new_file(str(path), prepare.SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, prepare.SCHEMA))
+    with pa.ipc.new_file(str(path), SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
     forge(copy, path.relative_to(copy).as_posix())
     ids, cut, size = check_prepared(copy, decode=True)
     assert ids == f"{copy}: document 0: segment 1: its ids are not those of its text"

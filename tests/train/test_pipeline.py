@@ -86,10 +86,11 @@ def test_seeds_of_rows_are_distinct_and_fit_a_generator() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_gives_the_steps_in_order(workers: int) -> None:
+    """All of them are kept: the memory that they came in has been used again by then."""
     rows = make(CONFIG)
-    loaded = list(pipeline.load(rows, 2, 7, workers))
-    assert len(loaded) == 5
-    for step, found in zip(range(2, 7), loaded, strict=True):
+    loaded = list(pipeline.load(rows, 2, 18, workers))
+    assert len(loaded) == 16
+    for step, found in zip(range(2, 18), loaded, strict=True):
         assert_same(joined(found), joined(rows[step]))
 
 
@@ -98,9 +99,13 @@ def test_a_step_travels_whole(sources: list[str]) -> None:
     """Also without any patch, and where the bytes of one tensor end in the middle of a word of the next."""
     config = settings.parse([*TINY, "--data.rows_per_step=3", "--data.row_length=95", *sources])[0]
     step = replace(make(config)[1], replaced=["one"])
-    parcel = pipeline.Parcel.wrap(step)
+    wrap = pipeline.Wrapper(2)
+    parcel = wrap(step)
     assert all(tensor.device.type == "meta" for tensor in parts(parcel.outline))
-    arrived = pipeline.Parcel(parcel.outline, parcel.content_N.clone()).unwrap()
+    arrived = parcel.copy().unwrap()
+    smaller, larger = wrap(step), wrap(replace(step, batches=step.batches * 2))
+    assert smaller.content_N.data_ptr() != parcel.content_N.data_ptr()
+    assert len(parts(larger.unwrap())) == 2 * len(parts(step))
     assert len(parts(arrived)) > 10
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(parts(arrived), parts(step), strict=True))
     assert arrived.replaced == ["one"]
