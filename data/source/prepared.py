@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,9 +43,31 @@ SCHEMA = pa.schema(
         ),
     ]
 )
-_FIELDS = ("text", "ids", "image", "height", "width", "learn")
 # Shards that a process keeps open: each holds a file descriptor.
 _OPEN_SHARDS = 64
+
+
+class _Batch(NamedTuple):
+    """The columns of some documents of a shard; `first`: for each document and the end, its first segment."""
+
+    id: pa.Array
+    source: pa.Array
+    first: list[int]
+    text: pa.Array
+    ids: pa.Array
+    image: pa.Array
+    height: pa.Array
+    width: pa.Array
+    learn: pa.Array
+    frame: pa.Array | None
+
+    @classmethod
+    def of(cls, rows: pa.RecordBatch) -> _Batch:
+        segments = rows.column("segments")
+        parts = segments.values
+        columns = {name: parts.field(name) for name in ("text", "ids", "image", "height", "width", "learn")}
+        frame = parts.field("frame") if parts.type.get_field_index("frame") >= 0 else None
+        return cls(rows.column("id"), rows.column("source"), segments.offsets.to_pylist(), frame=frame, **columns)
 
 
 class Prepared:
@@ -79,27 +102,24 @@ class Prepared:
             raise IndexError(f"{self.path}: document {index} of {len(self)}")
         batch = int(np.searchsorted(self._batches, index, side="right")) - 1
         shard = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
-        rows = self._shard(shard).get_batch(batch - int(self._first_batch[shard]))
+        rows = self._shard(shard)(batch - int(self._first_batch[shard]))
         row = index - int(self._batches[batch])
-        id, source = rows.column("id")[row].as_py(), rows.column("source")[row].as_py()
-        parts = rows.column("segments")[row].values
-        texts, ids, images, heights, widths, learns = (parts.field(name) for name in _FIELDS)
-        frames = parts.field("frame") if parts.type.get_field_index("frame") >= 0 else None
+        id, source = rows.id[row].as_py(), rows.source[row].as_py()
         segments: list[Text | Image] = []
-        for k in range(len(parts)):
-            learn = learns[k].as_py()
-            if not images[k].is_valid:
-                segments.append(Text(texts[k].as_py(), learn, ids[k].values.to_numpy()))
+        for k in range(rows.first[row], rows.first[row + 1]):
+            learn = rows.learn[k].as_py()
+            if not rows.image[k].is_valid:
+                segments.append(Text(rows.text[k].as_py(), learn, rows.ids[k].values.to_numpy()))
                 continue
-            size = heights[k].as_py(), widths[k].as_py()
-            frame = frames[k].as_py() if frames is not None else 0
+            size = rows.height[k].as_py(), rows.width[k].as_py()
+            frame = rows.frame[k].as_py() if rows.frame is not None else 0
             if not pixels:
                 segments.append(Image(*size, None, learn, frame))
                 continue
             try:
-                array = load_image(images[k].as_py(), partial(self._fit, size))
+                array = load_image(rows.image[k].as_py(), partial(self._fit, size))
             except ValueError as error:
-                where = f"{self.path}: document {index} ({id!r}): segment {k + 1}"
+                where = f"{self.path}: document {index} ({id!r}): segment {k - rows.first[row] + 1}"
                 raise ValueError(f"{where}: {error}") from error
             segments.append(Image(array.shape[0], array.shape[1], array, learn, frame))
         return Document(tuple(segments), id, source)
@@ -146,12 +166,16 @@ class Prepared:
         self.patches: np.ndarray = lengths[2]
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
-    def _open_shard(self, number: int) -> pa.ipc.RecordBatchFileReader:
+    def _open_shard(self, number: int) -> Callable[[int], _Batch]:
+        """What gives the batches of a shard by number. They are kept as long as the shard is: each is a few kilobytes
+        of outlines of what is in the file, and taking them out anew for every document costs as much as decoding a
+        small picture."""
         path = self.path / self._files[number]
         try:
-            return pa.ipc.open_file(pa.memory_map(str(path)))
+            shard = pa.ipc.open_file(pa.memory_map(str(path)))
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
+        return cache(lambda batch: _Batch.of(shard.get_batch(batch)))
 
     def __getstate__(self) -> dict[str, Any]:
         opened = ("slots", "patches", "_batches", "_shard")
