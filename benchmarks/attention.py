@@ -19,6 +19,8 @@ from model.rope import Rotation, frequencies, rotation
 from train.ranks import pick_device
 
 _TRAIN, _DECODE = "forward+backward", "decode"
+_BASE = {_TRAIN: 8192, _DECODE: 1024}
+"""The length from which on the cost per slot shall not grow."""
 _BANDS: dict[str, Literal["strict", "block"]] = {"vq": "strict", "vq block": "block"}
 
 
@@ -34,8 +36,8 @@ def run(
     recompute_chunks: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
-    rounds: int = 3,
-    steps: int = 50,
+    rounds: int = 5,
+    steps: int = 100,
 ) -> Result:
     """One attention layer over rows of a single document, with random queries, keys and values.
 
@@ -48,7 +50,7 @@ def run(
         codes: codewords. window, chunk_blocks, recompute_chunks: see model.vq. Both bands take part.
         dtype: of queries, keys and values.
         device: cpu, cuda or auto.
-        rounds: timed rounds; in each one all kinds take their turn at a length.
+        rounds: timed rounds; in each one all kinds take their turn at all lengths.
         steps: decoded slots per round.
     """
     place, kind_of = pick_device(device), getattr(torch, dtype)
@@ -62,21 +64,30 @@ def run(
         vq.codebook.initialise()
         kinds[name] = vq.to(place)
     rows: list[Row] = []
-    for length in tqdm(lengths, _TRAIN, unit="length"):
-        calls = {name: _training(kind, length, heads, width, kind_of, place) for name, kind in kinds.items()
-                 if name != "dense" or length <= dense_up_to}  # fmt: skip
-        rows += _measure(calls, _TRAIN, length, rounds, place, 1)
-        if length > dense_up_to:
-            one_head = {"dense": _training(kinds["dense"], length, 1, width, kind_of, place)}
-            (row,) = _measure(one_head, _TRAIN, length, 1, place, 1, warm=False)
-            rows.append(row | {name: heads * float(row[name] or 0) for name in ("seconds", "bytes")} | {"heads": 1})
-    for length in tqdm(decode_lengths, _DECODE, unit="length"):
-        calls = {name: _decoding(kind, length, heads, width, kind_of, place, steps) for name, kind in kinds.items()}
-        rows += _measure(calls, _DECODE, length, rounds, place, steps)
+    longest = _inputs(max(lengths), heads, width, kind_of, place)
+    for number in tqdm(range(-1, rounds), _TRAIN, unit="round"):
+        for length in lengths:
+            for name, kind in kinds.items():
+                if name != "dense" or length <= dense_up_to:
+                    rows += _timed(_training(kind, longest, length), name, _TRAIN, length, number, place)
+                elif number == 0:
+                    one_head = _training(kind, [x[:, :, :1].contiguous() for x in longest], length)
+                    (row,) = _timed(one_head, name, _TRAIN, length, number, place)
+                    rows.append(
+                        row | {key: heads * float(row[key] or 0) for key in ("seconds", "bytes")} | {"heads": 1}
+                    )
+    del longest
+    calls = {(name, length): _decoding(kind, length, heads, width, kind_of, place, steps)
+             for name, kind in kinds.items() for length in decode_lengths}  # fmt: skip
+    for number in tqdm(range(-1, rounds), _DECODE, unit="round"):
+        for (name, length), call in calls.items():
+            rows += _timed(call, name, _DECODE, length, number, place, steps)
     summary = [*_summary(rows, _TRAIN, lengths), *_summary(rows, _DECODE, decode_lengths)]
     notes = (
         f"{heads} heads of {width}, {codes} codewords, window {window}, strict and block band, {dtype}, batch 1, "
-        f"{torch.get_num_threads()} thread(s). Seconds: medians of {rounds} round(s), per slot when decoding. Memory: "
+        f"{torch.get_num_threads()} thread(s). Times: medians of {rounds} round(s), in each of which all kinds "
+        "take their turn at all lengths; ratios: medians of those within rounds. Growth: cost per slot over that at "
+        f"{_base(_TRAIN, lengths)} slots, decoding at {_base(_DECODE, decode_lengths)}. Decoding: per slot. Memory: "
         f"{'the peak' if place.type == 'cuda' else 'what autograd keeps for the backward pass'}, and the decode "
         "state. Forward and backward includes the search for the nearest codewords and the codebook's sums. "
         f"Dense beyond {dense_up_to} slots is extrapolated: one head, once, times {heads}. Its decode state holds "
@@ -85,18 +96,27 @@ def run(
     return Result("attention", rows, summary, notes, _figure(summary), device=place)
 
 
-def _training(kind: nn.Module, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
-              ) -> Callable[[], int]:  # fmt: skip
-    """Forward and backward; the call returns bytes."""
-    q, k, v = (torch.randn(1, length, heads, width, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-    angles, documents = _angles(length, width, device), Documents.of(torch.ones(1, length, dtype=torch.long)).to(device)
-    weight = torch.randn_like(q)
+def _inputs(length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Queries, keys, values, and the gradient of the output."""
+    return [torch.randn(1, length, heads, width, dtype=dtype, device=device) for _ in range(4)]
+
+
+def _training(kind: nn.Module, longest: list[Tensor], length: int) -> Callable[[], int]:
+    """Forward and backward over the first slots of a row; the call returns bytes."""
+    *inputs, weight = (x[:, :length] for x in longest)
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    device = q.device
+    angles = _angles(length, q.shape[-1], device)
+    documents = Documents.of(torch.ones(1, length, dtype=torch.long)).to(device)
 
     def call() -> int:
         kept: dict[int, int] = {}
+        inputs = {x.untyped_storage().data_ptr() for x in longest}
 
         def keep(x: Tensor) -> Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = x.untyped_storage()
+            own = x.nbytes if storage.data_ptr() in inputs else storage.nbytes()
+            kept[storage.data_ptr()] = max(own, kept.get(storage.data_ptr(), 0))
             return x
 
         if device.type == "cuda":
@@ -136,34 +156,53 @@ def _decoding(kind: nn.Module, length: int, heads: int, width: int, dtype: torch
     return call
 
 
-def _measure(calls: dict[str, Callable[[], int]], what: str, length: int, rounds: int, device: torch.device,
-             parts: int, warm: bool = True) -> list[Row]:  # fmt: skip
-    rows: list[Row] = []
-    for number in range(-1 if warm else 0, rounds):
-        for name, call in calls.items():
-            _wait(device)
-            began = time.perf_counter()
-            size = call()
-            _wait(device)
-            if number >= 0:
-                rows.append({"kind": name, "device": device.type, "pass": what, "length": length,
-                             "seconds": (time.perf_counter() - began) / parts, "bytes": size})  # fmt: skip
-    return rows
+def _timed(call: Callable[[], int], name: str, what: str, length: int, number: int, device: torch.device,
+           parts: int = 1) -> list[Row]:  # fmt: skip
+    """The row of one call in round `number`; none in the first, -1, which warms up."""
+    _wait(device)
+    began = time.perf_counter()
+    size = call()
+    _wait(device)
+    seconds = (time.perf_counter() - began) / parts
+    row: Row = {"kind": name, "device": device.type, "pass": what, "length": length, "round": number,
+                "seconds": seconds, "bytes": size}  # fmt: skip
+    return [row] if number >= 0 else []
 
 
 def _summary(rows: list[Row], what: str, lengths: list[int]) -> list[Row]:
     table: list[Row] = []
+    base = _base(what, lengths)
     for length in lengths:
         found: Row = {"pass": what, "length": length}
-        for name in ("dense", *_BANDS):
-            mine = [row for row in rows if (row["pass"], row["length"], row["kind"]) == (what, length, name)]
-            found[f"{name}, ms"] = 1e3 * statistics.median(float(row["seconds"] or 0) for row in mine)
-            found[f"{name}, MB"] = float(mine[0]["bytes"] or 0) / 1e6
+        seconds = {name: _rounds(rows, what, name, length, "seconds") for name in ("dense", *_BANDS)}
+        for name, mine in seconds.items():
+            found[f"{name}, ms"] = 1e3 * statistics.median(mine)
+            found[f"{name}, MB"] = _rounds(rows, what, name, length, "bytes")[0] / 1e6
         for name in _BANDS:
-            found[f"dense / {name}"] = _ms(found, "dense") / _ms(found, name)
-            found[f"{name}, us per slot"] = 1e3 * _ms(found, name) / (length if what == _TRAIN else 1)
+            slots, base_slots = (length, base) if what == _TRAIN else (1, 1)
+            found[f"dense / {name}"] = _ratio(seconds["dense"], seconds[name])
+            found[f"{name}, us per slot"] = 1e3 * _ms(found, name) / slots
+            growth = _ratio(seconds[name], _rounds(rows, what, name, base, "seconds")) * base_slots / slots
+            found[f"{name}, growth"] = growth
         table.append(found)
     return table
+
+
+def _base(what: str, lengths: list[int]) -> int:
+    """The length that growth is relative to: the first that is long enough."""
+    return next((length for length in lengths if length >= _BASE[what]), lengths[0])
+
+
+def _rounds(rows: list[Row], what: str, name: str, length: int, key: str) -> list[float]:
+    return [float(row[key] or 0) for row in rows if (row["pass"], row["kind"], row["length"]) == (what, name, length)]
+
+
+def _ratio(one: list[float], other: list[float]) -> float:
+    """Median of the ratios within rounds, which drift of the machine hardly changes. What was measured in one round
+    only is compared with the median of the other's rounds."""
+    if len(one) != len(other):
+        return statistics.median(one) / statistics.median(other)
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 def _ms(row: Row, name: str) -> float:
@@ -178,12 +217,11 @@ def _findings(summary: list[Row]) -> str:
             int(row["length"] or 0) for row in summary if row["pass"] == _TRAIN and _ms(row, "dense") > _ms(row, name)
         ]
         said.append(f"{name} trains faster from {min(faster)} slots on." if faster else f"{name} was never faster.")
-        for what, least in ((_TRAIN, 8192), (_DECODE, 0)):
-            cost = [float(row[f"{name}, us per slot"] or 0) for row in summary
-                    if row["pass"] == what and int(row["length"] or 0) >= least]  # fmt: skip
-            if len(cost) > 1:
-                said.append(f"Its {what} per slot at the longest differs by {cost[-1] / cost[0] - 1:+.0%} from that at "
-                            f"{'8192' if least else 'the shortest'}.")  # fmt: skip
+        for what in _BASE:
+            mine = [row for row in summary if row["pass"] == what]
+            last, base = mine[-1], _base(what, [int(row["length"] or 0) for row in mine])
+            said.append(f"Its {what} costs {float(last[f'{name}, growth'] or 0) - 1:+.0%} per slot at {last['length']} "
+                        f"slots, against {base}.")  # fmt: skip
     return " ".join(said)
 
 
