@@ -19,7 +19,7 @@ _SHORT = ("--model.vq.decay=0.95", "--model.vq.reset_below=1")
 _LAYERS = ("--model.dim=128", "--model.num_layers=4", "--model.num_heads=4", "--optim.lr=3e-3")
 
 
-def run(folder: str = "runs/quality", shapes_steps: int = 700, text_steps: int = 500, num: int = 100, codes: int = 256,
+def run(folder: str = "runs/quality", shapes_steps: int = 400, text_steps: int = 300, num: int = 100, codes: int = 256,
         text_window: int = 256) -> Result:  # fmt: skip
     """Train and score six models, one after the other.
 

@@ -248,9 +248,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=size, help="HEIGHTxWIDTH of pictures in pixels (default: the model chooses)")
     add("--seed", type=int, default=0, help="seed of the first sample; the next have seed + 1, ... (default: 0)")
     add("--guidance", type=float, help="scale of classifier-free guidance, 1 is off (default: the run's eval.guidance)")
-    add("--guidance-schedule", default="constant", choices=["constant", "linear", "interval"])
-    add("--guidance-interval", type=float, nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"),
-        help="flow times of the interval schedule, 0 noise, 1 data (default: 0.1 1.0)")  # fmt: skip
+    add("--guidance-schedule", default=Guidance.schedule, choices=["interval", "linear", "constant"],
+        help="when pictures are guided: within an interval of times, more from patch to patch, always, which gives "
+             "fringes (default: interval)")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, default=(Guidance.low, Guidance.high), metavar=("LOW", "HIGH"),
+        help=f"times of the interval schedule, 0 noise, 1 data (default: {Guidance.low} {Guidance.high})")  # fmt: skip
     add("--guidance-image", type=float, default=1.0,
         help="guidance scale of the images in the prompt, 1 is off (default: 1)")  # fmt: skip
     add("--guidance-renormalise", action="store_true", help="guided velocities are no longer than conditional ones")

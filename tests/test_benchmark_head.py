@@ -44,13 +44,11 @@ def test_rows_by_factor_and_unknown_ones(tmp_path: Path) -> None:
 
 def test_labels() -> None:
     assert label(Sampling(steps=4)) == "euler 4"
-    guidance = Guidance(3, "interval", 0.3, renormalise=True)
+    guidance = Guidance(3, "interval", 0.3, 1, renormalise=True)
     assert label(Sampling(sampler="heun", steps=8, grid="edm", guidance=guidance, clamp=True)) == (
         "heun 8 edm grid guidance 3 interval from 0.3 renormalised clamped"
     )
-    assert label(Sampling(steps=2, guidance=Guidance(3, "interval", 0, 0.3))) == (
-        "euler 2 guidance 3 interval from 0 to 0.3"
-    )
+    assert label(Sampling(steps=2, guidance=Guidance(3))) == ("euler 2 guidance 3 interval from 0 to 0.3")
 
 
 def test_killed_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ class Guidance:
 
     scale: float = 1.0
     """Guidance scale s of the text."""
-    schedule: Literal["constant", "linear", "interval"] = "constant"
-    """linear: 1 + (s-1)/N at the first of N patches to s at the last (MAR). interval: while low < t < high (JiT)."""
-    low: float = 0.1
-    """Lower time of the interval (0: from the very start)."""
-    high: float = 1.0
+    schedule: Literal["interval", "linear", "constant"] = "interval"
+    """interval: while low < t < high (arXiv 2404.07724). linear: 1 + (s-1)/N at the first of N patches to s at the last
+    (MAR). constant: always; on raw pixels it gives fringes (docs/diffusion-head.md)."""
+    low: float = 0.0
+    """Lower time of the interval (0: from the very start, the noise)."""
+    high: float = 0.3
     """Upper time of the interval."""
     image_scale: float = 1.0
     """Guidance scale of the images in the prompt, for editing; other than 1 it runs a third stream, without them."""

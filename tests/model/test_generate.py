@@ -132,7 +132,7 @@ def test_cached_generation_equals_the_parallel_form(prediction, sampler, scale, 
     """Greedy text is the argmax of the uncached logits, and patches are what the head draws from uncached states."""
     head = HeadConfig(width=24, depth=2, prediction=prediction, noise_scale=1.5)
     model = build(tiny_config(head=head, attention=attention))
-    sampling = Sampling(temperature=0, sampler=sampler, steps=4, guidance=Guidance(scale))
+    sampling = Sampling(temperature=0, sampler=sampler, steps=4, guidance=Guidance(scale, "constant"))
     requests, checked = random_requests(5), Counter[str]()
     for request, segments in zip(requests, generate(model, requests, sampling), strict=True):
         slots, hidden, patches = uncached(model, request, segments)
@@ -232,7 +232,7 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
         states.clear()
         for rows in scores.values():
             rows.clear()
-        out = generate(model, batch, Sampling(steps=2, guidance=Guidance(scale)))
+        out = generate(model, batch, Sampling(steps=2, guidance=Guidance(scale, "constant")))
         return out, list(states), {b: list(rows) for b, rows in scores.items()}
 
     torch.set_num_threads(threads)
@@ -284,7 +284,7 @@ def test_guidance_of_scale_one_is_no_guidance(schedule, monkeypatch) -> None:
 def test_guidance_of_scale_zero_ignores_the_text() -> None:
     model = build()
     requests = [Request(prompt_of([Words(words)]), 5, True, (2, 2), max_text=0) for words in ([1, 2], [9], [3] * 5)]
-    out = generate(model, requests, Sampling(steps=3, guidance=Guidance(0.0)))
+    out = generate(model, requests, Sampling(steps=3, guidance=Guidance(0.0, "constant")))
     assert same(out[0], out[1])
     assert same(out[0], out[2])
     plain = generate(model, requests, Sampling(steps=3))
@@ -296,7 +296,7 @@ def test_guidance_without_text_changes_at_most_the_rounding() -> None:
     model = build()
     requests = [Request(prompt_of([]), seed, True, (2, 2), max_text=0) for seed in range(3)]
     plain = generate(model, requests, Sampling(steps=3))
-    guided = generate(model, requests, Sampling(steps=3, guidance=Guidance(4.0)))
+    guided = generate(model, requests, Sampling(steps=3, guidance=Guidance(4.0, "constant")))
     for one, other in zip(plain, guided, strict=True):
         assert np.abs(one[0].patches.astype(int) - other[0].patches).max() <= 1
 
@@ -360,13 +360,15 @@ def test_third_stream_lacks_the_images_of_the_prompt() -> None:
     model, rng = build(), np.random.default_rng(0)
     pictures = [picture(rng, 2, 2) for _ in range(2)]
     requests = [Request(prompt_of([Words([1]), image]), 5, True, (2, 2), max_text=0) for image in pictures]
-    ignored = Sampling(steps=2, guidance=Guidance(0.0, image_scale=0.0))
+    ignored = Sampling(steps=2, guidance=Guidance(0.0, "constant", image_scale=0.0))
     one, other = generate(model, requests, ignored)
     assert np.abs(one[0].patches.astype(int) - other[0].patches).max() <= 1, "neither text nor image shall matter"
-    one, other = generate(model, requests, Sampling(steps=2, guidance=Guidance(0.0)))
+    one, other = generate(model, requests, Sampling(steps=2, guidance=Guidance(0.0, "constant")))
     assert not same(one, other)
     bare = [image_request(seed) for seed in range(3)]  # no image in the prompt: its scale changes nothing
-    two, three = (generate(model, bare, Sampling(steps=2, guidance=Guidance(2.0, image_scale=s))) for s in (1.0, 5.0))
+    two, three = (
+        generate(model, bare, Sampling(steps=2, guidance=Guidance(2.0, "constant", image_scale=s))) for s in (1.0, 5.0)
+    )
     for a, b in zip(two, three, strict=True):
         assert np.abs(a[0].patches.astype(int) - b[0].patches).max() <= 1
 
@@ -571,7 +573,7 @@ def test_patches_need_no_word_between_host_and_device(objective, path, scale, le
     def sent(grid: tuple[int, int]) -> int:
         requests = [Request(prompt_of([Words([1] * n)]), n, True, grid, max_text=0) for n in (1, 4)]
         with Transfers() as transfers:
-            generate(model, requests, Sampling(steps=4, guidance=Guidance(scale)))
+            generate(model, requests, Sampling(steps=4, guidance=Guidance(scale, "constant")))
         return transfers.count
 
     if leak in ("nothing", "upload", "numbers"):

@@ -20,7 +20,7 @@ def test_identities() -> None:
 
 
 def test_constant() -> None:
-    assert Guidance(2.5).at(0.3, FRACTION).tolist() == [[2.5]] * 3
+    assert Guidance(2.5, "constant").at(0.3, FRACTION).tolist() == [[2.5]] * 3
 
 
 def test_linear_reaches_the_scale_at_the_last_patch() -> None:
@@ -51,7 +51,7 @@ def test_separate_scales(schedule, image) -> None:
     """u2 + s2 (u1 - u2) + s (c - u1), with u1 the stream without text and u2 that without images as well."""
     c, u1, u2 = velocities(3)
     guidance = Guidance(4.0, schedule, image_scale=image)
-    found = guidance.apply([c, u1, u2], 0.5, FRACTION)
+    found = guidance.apply([c, u1, u2], 0.2, FRACTION)
     part = FRACTION.double() if schedule == "linear" else torch.ones(3, 1, dtype=torch.float64)
     s, s2 = 1 + 3 * part, 1 + (image - 1) * part
     torch.testing.assert_close(found, u2 + s2 * (u1 - u2) + s * (c - u1), rtol=1e-6, atol=1e-6)
@@ -67,12 +67,12 @@ def test_scales_of_one_are_the_conditional() -> None:
 
 def test_renormalised_guidance_keeps_the_direction_and_is_never_longer() -> None:
     c, u = velocities(2)
-    plain, short = (Guidance(5.0, renormalise=flag).apply([c, u], 0.5, FRACTION) for flag in (False, True))
+    plain, short = (Guidance(5.0, "constant", renormalise=flag).apply([c, u], 0.5, FRACTION) for flag in (False, True))
     for patch in range(3):
         wanted = min(1.0, float(c[patch].norm() / plain[patch].norm()))
         assert wanted < 1
         torch.testing.assert_close(short[patch], plain[patch] * wanted, rtol=1e-9, atol=1e-9)
-    still = Guidance(0.5, renormalise=True).apply([c, 0 * c], 0.5, FRACTION)
+    still = Guidance(0.5, "constant", renormalise=True).apply([c, 0 * c], 0.5, FRACTION)
     torch.testing.assert_close(still, c / 2, rtol=1e-9, atol=1e-9)
 
 

@@ -111,7 +111,7 @@ def test_drawing_by_hand(scale) -> None:
     requests = [Request(prompt_of(d), n, True, (2, 3), max_images=1 + n, max_text=0) for n, d in enumerate(documents)]
     with torch.no_grad():
         model.text_head.weight[VOCABULARY.eos] = 0
-        drawn = generate(model, requests, Sampling(steps=3, temperature=0, guidance=Guidance(scale)))
+        drawn = generate(model, requests, Sampling(steps=3, temperature=0, guidance=Guidance(scale, "constant")))
     for request, document, segments in zip(requests, documents, drawn, strict=True):
         image = segments[0]
         assert isinstance(image, GeneratedImage)
@@ -162,7 +162,7 @@ def batchable(image: GeneratedImage) -> Document:
 def test_every_sampler_draws_the_same_from_the_same_seed(sampler) -> None:
     model = whole()
     requests = [Request(prompt_of([Words([n])]), n, True, (2, 2), max_text=0) for n in range(3)]
-    sampling = Sampling(steps=3, sampler=sampler, guidance=Guidance(2.0))
+    sampling = Sampling(steps=3, sampler=sampler, guidance=Guidance(2.0, "constant"))
     together = generate(model, requests, sampling)
     for request, (image,) in zip(requests, together, strict=True):
         ((alone,),) = generate(model, [request], sampling)
