@@ -95,9 +95,8 @@ def label(sampling: Sampling) -> str:
     guidance = sampling.guidance
     parts = [sampling.sampler, str(sampling.steps)]
     parts += [f"{sampling.grid} grid"] if sampling.grid != "uniform" else []
-    parts += [f"guidance {guidance.scale:g}"] if guidance.scale != 1 else []
-    if guidance.schedule == "interval":
-        parts += [f"interval from {guidance.low:g}" + (f" to {guidance.high:g}" if guidance.high < 1 else "")]
-    elif guidance.schedule != "constant":
-        parts += [guidance.schedule]
+    if guidance.scale != 1:
+        until = f" to {guidance.high:g}" if guidance.high < 1 else ""
+        when = {"constant": "", "linear": " linear", "interval": f" interval from {guidance.low:g}{until}"}
+        parts += [f"guidance {guidance.scale:g}{when[guidance.schedule]}"]
     return " ".join(parts + ["renormalised"] * guidance.renormalise + ["clamped"] * sampling.clamp)
