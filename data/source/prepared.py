@@ -168,8 +168,8 @@ class Prepared:
 
     def _open_shard(self, number: int) -> Callable[[int], _Batch]:
         """What gives the batches of a shard by number. They are kept as long as the shard is: each is a few kilobytes
-        of outlines of what is in the file, and taking them out anew for every document costs as much as decoding a
-        small picture."""
+        of outlines of what is in the file, and taking them out anew doubled the time that a document needs beside its
+        pixels."""
         path = self.path / self._files[number]
         try:
             shard = pa.ipc.open_file(pa.memory_map(str(path)))
