@@ -16,7 +16,7 @@ from model.attention.dense import DenseAttention, DenseState
 from model.attention.documents import Documents
 from model.attention.vq import VQAttention
 from model.rope import Rotation, frequencies, rotation
-from train.ranks import pick_device
+from train.ranks import keep_freed_memory, pick_device
 
 _TRAIN, _DECODE = "forward+backward", "decode"
 _BASE = {_TRAIN: 8192, _DECODE: 1024}
@@ -54,6 +54,7 @@ def run(
         steps: decoded slots per round.
     """
     place, kind_of = pick_device(device), getattr(torch, dtype)
+    keep_freed_memory()  # as training does
     lengths = lengths or [2**n for n in range(10, 18)]
     decode_lengths = decode_lengths or [1024, 8192, 32768, 131072]
     kinds: dict[str, nn.Module] = {"dense": DenseAttention(width)}

@@ -1,6 +1,8 @@
 """The processes of a run: who they are, and the few things they tell each other outside of the backward pass."""
 
+import ctypes
 import os
+import platform
 import re
 import socket
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from train.config import Config
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LOST = re.compile(r"gloo|nccl|connection|closed by peer|socket|broken pipe|timed? ?out|rendezvous", re.IGNORECASE)
 
 
@@ -29,6 +32,8 @@ class Ranks:
         self.device = pick_device(config.run.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         # DeepSpeed wants a process group for one process too.
         if self.world > 1 or config.engine.backend == "deepspeed":
             _complete_environment()
@@ -99,6 +104,16 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc hand out again what was freed, instead of giving large blocks back to the system, which would have to
+    clear every page of them anew: a third of the time of `vq` attention over 32,768 slots. Other C libraries, and other
+    allocators in its place, stay as they are."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def lost_contact(error: BaseException) -> str | None:
