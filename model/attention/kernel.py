@@ -18,40 +18,40 @@ _LARGEST_TILE = 64
 
 @torch.compiler.disable
 def blocks_attended(near_q: Tensor, far_q: Tensor, near_k: Tensor, word: Tensor, v: Tensor, codeword: Tensor,
-                    mean: Tensor, log_count: Tensor, scale: float, lead: int, strict: bool, through_cache: bool,
+                    mean: Tensor, log_count: Tensor, scale: float, strict: bool, through_cache: bool,
                     ) -> Tensor:  # fmt: skip
-    """Attention of U blocks of M slots of G documents each, (U - lead, G, H, M, E): no queries of the first `lead`.
+    """Attention of the last V of U blocks of M slots of G documents each, (V, G, H, M, E).
 
-    Queries near_q and far_q (U, G, H, M, E), rotated to their positions and by the constant; keys near_k and word,
+    Queries near_q and far_q (V, G, H, M, E), rotated to their positions and by the constant; keys near_k and word,
     values v (U, G, K, M, E); far away, codeword (K, C, E), and mean (U - 2, G, K, C, E) and log_count (U - 2, G, K, C)
     for the queries of block 2 and on. Sums are float32 or wider. Gradients: near_q, far_q, near_k, v, mean; beyond the
     window v and mean have one only with through_cache.
     """
-    arguments = (near_q, far_q, near_k, word, v, codeword, mean, log_count, scale, lead, strict, through_cache)
-    return _Blocks.apply(*arguments)
+    return _Blocks.apply(near_q, far_q, near_k, word, v, codeword, mean, log_count, scale, strict, through_cache)
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, scale, lead, strict, through_cache = arguments
+        *tensors, scale, strict, through_cache = arguments
         tensors = [tensor.contiguous() for tensor in tensors]
         near_q, _, near_k, _, _, codeword, *_ = tensors
-        blocks, documents, heads, size, width = near_q.shape
+        queried, documents, heads, size, width = near_q.shape
+        blocks = len(near_k)
         wide = torch.promote_types(near_q.dtype, torch.float32)
-        out = near_q.new_empty(blocks - lead, *near_q.shape[1:])
+        out = torch.empty_like(near_q)
         log_sum = near_q.new_empty(out.shape[:-1], dtype=wide)
         largest = _LARGEST_TILE if near_q.itemsize == 2 else _LARGEST_TILE // 2
         tile = min(largest, max(16, triton.next_power_of_2(size)))
         constants = {
-            "scale": scale, "documents": documents, "first": lead * documents, "blocks": blocks * documents,
-            "HEADS": heads, "SHARE": heads // near_k.shape[2], "SIZE": size, "CODES": codeword.shape[1],
-            "WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width)), "TILE": tile, "STRICT": strict,
-            "WIDE": tl.float64 if wide == torch.float64 else tl.float32,
+            "scale": scale, "documents": documents, "blocks": blocks * documents,
+            "first": (blocks - queried) * documents, "HEADS": heads, "SHARE": heads // near_k.shape[2], "SIZE": size,
+            "CODES": codeword.shape[1], "WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width)), "TILE": tile,
+            "STRICT": strict, "WIDE": tl.float64 if wide == torch.float64 else tl.float32,
             "WIDEN": _INTERPRETED, "num_stages": 2, "num_warps": 4 if width <= 64 else 8,
         }  # fmt: skip
         tiles = triton.cdiv(size, tile)
-        _forward[(tiles, (blocks - lead) * documents, heads)](*tensors, out, log_sum, **constants)
+        _forward[(tiles, queried * documents, heads)](*tensors, out, log_sum, **constants)
         ctx.save_for_backward(*tensors, out, log_sum)
         ctx.constants, ctx.through_cache = constants, through_cache
         return out
@@ -62,14 +62,14 @@ class _Blocks(torch.autograd.Function):
         near_q, far_q, near_k, _, v, codeword, mean, _ = tensors
         d_out = gradients[0].contiguous()
         dot = (d_out.to(log_sum.dtype) * out).sum(-1)
-        d_near_q, d_far_q = torch.zeros_like(near_q), torch.zeros_like(far_q)  # no program reaches the first `lead`
+        d_near_q, d_far_q = torch.empty_like(near_q), torch.empty_like(far_q)
         d_near_k, d_v, d_mean = torch.empty_like(near_k), torch.empty_like(v), None
-        blocks, documents, heads, size, _ = near_q.shape
+        queried, documents, heads, size, _ = near_q.shape
         constants, share = ctx.constants, ctx.constants["SHARE"]
-        tiles, queried = triton.cdiv(size, constants["TILE"]), out.shape[0] * documents
+        tiles = triton.cdiv(size, constants["TILE"])
         shared = (*tensors, d_out, log_sum, dot)
-        _query_gradients[(tiles, queried, heads)](*shared, d_near_q, d_far_q, **constants)
-        _key_gradients[(tiles, blocks * documents, heads // share)](
+        _query_gradients[(tiles, queried * documents, heads)](*shared, d_near_q, d_far_q, **constants)
+        _key_gradients[(tiles, len(near_k) * documents, heads // share)](
             *shared, d_near_k, d_v, THROUGH=ctx.through_cache, **constants
         )
         if ctx.through_cache:
@@ -77,7 +77,7 @@ class _Blocks(torch.autograd.Function):
             tiles = triton.cdiv(codeword.shape[1], constants["TILE"])
             if len(mean):
                 _mean_gradients[(tiles, len(mean) * documents, heads // share)](*shared, d_mean, **constants)
-        return d_near_q, d_far_q, d_near_k, None, d_v, None, d_mean, *[None] * 5
+        return d_near_q, d_far_q, d_near_k, None, d_v, None, d_mean, *[None] * 4
 
 
 # Below, i counts queries and j keys or codewords of a tile; `at` is a row of a tensor seen as (rows, WIDTH).
@@ -165,7 +165,7 @@ def _forward(near_q, far_q, near_k, word, v, codeword, mean, log_count, out, log
     block = first + tl.program_id(1).to(tl.int64)
     head = tl.program_id(2)
     kv, KV = head // SHARE, HEADS // SHARE
-    at_q, at_k = (block * HEADS + head) * SIZE, (block * KV + kv) * SIZE
+    at_q, at_k = ((block - first) * HEADS + head) * SIZE, (block * KV + kv) * SIZE
     i = begin + tl.arange(0, TILE)
     last = tl.minimum(begin + TILE, SIZE)
     near, far = _load(near_q, at_q, i, SIZE, WIDTH, PADDED), _load(far_q, at_q, i, SIZE, WIDTH, PADDED)
@@ -192,7 +192,6 @@ def _forward(near_q, far_q, near_k, word, v, codeword, mean, log_count, out, log
             k = _load(codeword, kv * CODES, j, CODES, WIDTH, PADDED)
             score = _dot(far, tl.trans(k), WIDE, WIDEN) * scale + log_n[None, :]
             top, total, mixed = _more(top, total, mixed, score, _load(mean, at_c, j, CODES, WIDTH, PADDED), WIDE, WIDEN)
-    at_q -= first * HEADS * SIZE
     _store(out, at_q, i, SIZE, mixed / total[:, None], WIDTH, PADDED)
     tl.store(log_sum + at_q + i, top + tl.log(total), mask=i < SIZE)
 
@@ -211,13 +210,13 @@ def _to_query(d_q, q, d_o, log_z, dot, i, k_base, v_base, at, start, end, scale,
 
 
 @triton.jit
-def _query(q, d_out, log_sum, dot, at_q, at_out, i, SIZE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _query(q, d_out, log_sum, dot, at, i, SIZE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """What the backward pass needs of a tile of queries; zeros beyond the block."""
     return (
-        _load(q, at_q, i, SIZE, WIDTH, PADDED),
-        _load(d_out, at_out, i, SIZE, WIDTH, PADDED),
-        tl.load(log_sum + at_out + i, mask=i < SIZE, other=0.0)[:, None],
-        tl.load(dot + at_out + i, mask=i < SIZE, other=0.0)[:, None],
+        _load(q, at, i, SIZE, WIDTH, PADDED),
+        _load(d_out, at, i, SIZE, WIDTH, PADDED),
+        tl.load(log_sum + at + i, mask=i < SIZE, other=0.0)[:, None],
+        tl.load(dot + at + i, mask=i < SIZE, other=0.0)[:, None],
     )
 
 
@@ -230,11 +229,10 @@ def _query_gradients(near_q, far_q, near_k, word, v, codeword, mean, log_count, 
     block = first + tl.program_id(1).to(tl.int64)
     head = tl.program_id(2)
     kv, KV = head // SHARE, HEADS // SHARE
-    at_q, at_k = (block * HEADS + head) * SIZE, (block * KV + kv) * SIZE
+    at_q, at_k = ((block - first) * HEADS + head) * SIZE, (block * KV + kv) * SIZE
     i = begin + tl.arange(0, TILE)
     last = tl.minimum(begin + TILE, SIZE)
-    at_out = at_q - first * HEADS * SIZE
-    near, d_o, log_z, o = _query(near_q, d_out, log_sum, dot, at_q, at_out, i, SIZE, WIDTH, PADDED)
+    near, d_o, log_z, o = _query(near_q, d_out, log_sum, dot, at_q, i, SIZE, WIDTH, PADDED)
     far = _load(far_q, at_q, i, SIZE, WIDTH, PADDED)
     d_near = tl.zeros((TILE, PADDED), WIDE)
     d_far = tl.zeros((TILE, PADDED), WIDE)
@@ -264,13 +262,13 @@ def _query_gradients(near_q, far_q, near_k, word, v, codeword, mean, log_count, 
 
 
 @triton.jit
-def _to_key(d_k, d_v, k, v, j, q_base, d_out, log_sum, dot, at_q, at_out, start, end, scale, SET: tl.constexpr,
+def _to_key(d_k, d_v, k, v, j, q_base, d_out, log_sum, dot, at_q, start, end, scale, SET: tl.constexpr,
             SIZE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
             WIDEN: tl.constexpr):  # fmt: skip
     """Adds what queries `start` to `end` of a block give to the gradients of a tile of keys and values."""
     for begin in range(start, end, TILE):
         i = begin + tl.arange(0, TILE)
-        q, d_o, log_z, o = _query(q_base, d_out, log_sum, dot, at_q, at_out, i, SIZE, WIDTH, PADDED)
+        q, d_o, log_z, o = _query(q_base, d_out, log_sum, dot, at_q, i, SIZE, WIDTH, PADDED)
         weight = tl.exp(_dot(q, tl.trans(k), WIDE, WIDEN) * scale + _unseen(i, j, SET, SIZE) - log_z)
         d_v += _dot(tl.trans(weight), d_o, WIDE, WIDEN)
         if SET != _BETWEEN:  # whose keys have no gradient
@@ -294,21 +292,20 @@ def _key_gradients(near_q, far_q, near_k, word, v, codeword, mean, log_count, d_
     d_k = tl.zeros((TILE, PADDED), WIDE)
     d_value = tl.zeros((TILE, PADDED), WIDE)
     for head in range(kv * SHARE, (kv + 1) * SHARE):
-        at_q = (block * HEADS + head) * SIZE
-        at_out = at_q - first * HEADS * SIZE
+        at_q = ((block - first) * HEADS + head) * SIZE
         if block >= first:
-            d_k, d_value = _to_key(d_k, d_value, near, value, j, near_q, d_out, log_sum, dot, at_q, at_out, begin, SIZE,
-                                   scale, _OWN, SIZE, WIDTH, PADDED, TILE, WIDE, WIDEN)  # fmt: skip
+            d_k, d_value = _to_key(d_k, d_value, near, value, j, near_q, d_out, log_sum, dot, at_q, begin, SIZE, scale,
+                                   _OWN, SIZE, WIDTH, PADDED, TILE, WIDE, WIDEN)  # fmt: skip
         if (block + documents < blocks) & (block + documents >= first):
-            at_q, at_out = at_q + documents * HEADS * SIZE, at_out + documents * HEADS * SIZE
+            at_q += documents * HEADS * SIZE
             if STRICT:
-                d_k, d_value = _to_key(d_k, d_value, near, value, j, near_q, d_out, log_sum, dot, at_q, at_out, 0, last,
+                d_k, d_value = _to_key(d_k, d_value, near, value, j, near_q, d_out, log_sum, dot, at_q, 0, last,
                                        scale, _BEFORE, SIZE, WIDTH, PADDED, TILE, WIDE, WIDEN)  # fmt: skip
                 if THROUGH:
-                    d_k, d_value = _to_key(d_k, d_value, far, value, j, far_q, d_out, log_sum, dot, at_q, at_out, begin,
+                    d_k, d_value = _to_key(d_k, d_value, far, value, j, far_q, d_out, log_sum, dot, at_q, begin,
                                            SIZE, scale, _BETWEEN, SIZE, WIDTH, PADDED, TILE, WIDE, WIDEN)  # fmt: skip
             else:
-                d_k, d_value = _to_key(d_k, d_value, near, value, j, near_q, d_out, log_sum, dot, at_q, at_out, 0, SIZE,
+                d_k, d_value = _to_key(d_k, d_value, near, value, j, near_q, d_out, log_sum, dot, at_q, 0, SIZE,
                                        scale, _ALL, SIZE, WIDTH, PADDED, TILE, WIDE, WIDEN)  # fmt: skip
     _store(d_near_k, at_k, j, SIZE, d_k, WIDTH, PADDED)
     _store(d_v, at_k, j, SIZE, d_value, WIDTH, PADDED)
@@ -329,11 +326,10 @@ def _mean_gradients(near_q, far_q, near_k, word, v, codeword, mean, log_count, d
     d_mixed = tl.zeros((TILE, PADDED), WIDE)
     if row + 2 * documents >= first:
         for head in range(kv * SHARE, (kv + 1) * SHARE):
-            at_q = ((row + 2 * documents) * HEADS + head) * SIZE
-            at_out = at_q - first * HEADS * SIZE
+            at_q = ((row + 2 * documents - first) * HEADS + head) * SIZE
             for start in range(0, SIZE, TILE):  # d_o is zero for queries beyond the block
                 i = start + tl.arange(0, TILE)
-                q, d_o, log_z, _ = _query(far_q, d_out, log_sum, dot, at_q, at_out, i, SIZE, WIDTH, PADDED)
+                q, d_o, log_z, _ = _query(far_q, d_out, log_sum, dot, at_q, i, SIZE, WIDTH, PADDED)
                 weight = tl.exp(_dot(q, tl.trans(k), WIDE, WIDEN) * scale + log_n[None, :] - log_z)
                 d_mixed += _dot(tl.trans(weight), d_o, WIDE, WIDEN)
     _store(d_mean, at_c, j, CODES, d_mixed, WIDTH, PADDED)

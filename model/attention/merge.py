@@ -5,6 +5,7 @@ The backward pass of each part is that of ordinary attention, given the merged o
 part's own, as in ring attention (arXiv 2310.01889).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,12 @@ MASKED = -1e30
 
 
 class Part(NamedTuple):
-    """Queries (N - first, H, L, E), keys and values (N - first, H, T, E) for all but the first `first` of N sequences,
-    with a bias that broadcasts to the scores (N - first, H, L, T) and has no gradient, or causal (then L = T)."""
+    """Queries q[first:] of N sequences (N, H, L, E) see keys and values from sequence `seen` on (.., H, T, E), one
+    sequence each, with a bias that broadcasts to the scores (N - first, H, L, T) and has no gradient, or causal (then
+    L = T).
+
+    Parts may share tensors: their gradients are then summed in place, and no slice needs one as large as the whole.
+    """
 
     q: Tensor
     k: Tensor
@@ -24,21 +29,27 @@ class Part(NamedTuple):
     bias: Tensor | None = None
     causal: bool = False
     first: int = 0
+    seen: int = 0
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.seen, self.seen + len(self.q) - self.first)
 
 
 def attend(parts: list[Part], scale: float) -> Tensor:
     """softmax(scale * q k^T + bias) v over the keys of all parts together, (N, H, L, E). The first part has all N."""
-    if parts[0].q.device.type == "cpu":
-        tensors = [tensor for part in parts for tensor in part[:4]]
-        return _Flash.apply(scale, [part[4:] for part in parts], *tensors)
-    return attend_plainly(parts, scale)
+    if parts[0].q.device.type != "cpu":
+        return attend_plainly(parts, scale)
+    tensors = list({id(x): x for part in parts for x in part[:4] if x is not None}.values())
+    place = {id(x): i for i, x in enumerate(tensors)}
+    return _Flash.apply(scale, [(tuple(place.get(id(x)) for x in part[:4]), part[4:]) for part in parts], *tensors)
 
 
 def attend_plainly(parts: list[Part], scale: float) -> Tensor:
     """The same from plain operations, with all scores in memory at once: the reference of `attend`."""
     scores = []
     for part in parts:
-        score = (part.q @ part.k.transpose(-1, -2)).to(_wide(part.q)) * scale
+        score = (part.q[part.first :] @ part.k[part.keys].transpose(-1, -2)).to(_wide(part.q)) * scale
         if part.causal:
             score = score + MASKED * torch.ones_like(score, requires_grad=False).triu(1)
         scores.append(score if part.bias is None else score + part.bias)
@@ -48,7 +59,7 @@ def attend_plainly(parts: list[Part], scale: float) -> Tensor:
     total, normaliser = torch.zeros_like(parts[0].q, dtype=top.dtype), torch.zeros_like(top)
     for part, score in zip(parts, scores, strict=True):
         weight = (score - top[part.first :]).exp()
-        seen = (weight.to(part.v.dtype) @ part.v).to(top.dtype)
+        seen = (weight.to(part.v.dtype) @ part.v[part.keys]).to(top.dtype)
         total = torch.cat((total[: part.first], total[part.first :] + seen))
         normaliser = torch.cat((normaliser[: part.first], normaliser[part.first :] + weight.sum(-1, keepdim=True)))
     return (total / normaliser).to(parts[0].q.dtype)
@@ -58,39 +69,55 @@ class _Flash(torch.autograd.Function):
     """One call of the CPU's flash attention per part."""
 
     @staticmethod
-    def forward(ctx: Any, scale: float, kinds: list[tuple[bool, int]], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, scale: float, layout: list[tuple], *tensors: Tensor) -> Tensor:
+        """layout: of every part the places of q, k, v and bias among the tensors, and the rest of the part."""
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        done = []
-        for (causal, _), (q, k, v, bias) in zip(kinds, _fours(tensors), strict=True):
-            done.append(flash(q, k, v, 0.0, causal, attn_mask=_expanded(bias, q, k), scale=scale))
+        parts, done = _parts(layout, tensors), []
+        for part in parts:
+            q, k, v = part.q[part.first :], part.k[part.keys], part.v[part.keys]
+            done.append(flash(q, k, v, 0.0, part.causal, attn_mask=_expanded(part.bias, q, k), scale=scale))
         log_sum = done[0][1].clone()
-        for (_, first), (_, own) in zip(kinds[1:], done[1:], strict=True):
-            torch.logaddexp(log_sum[first:], own, out=log_sum[first:])
+        for part, (_, own) in zip(parts[1:], done[1:], strict=True):
+            torch.logaddexp(log_sum[part.first :], own, out=log_sum[part.first :])
         merged = done[0][0] * (done[0][1] - log_sum).exp_().unsqueeze(-1)
-        for (_, first), (out, own) in zip(kinds[1:], done[1:], strict=True):
-            merged[first:].addcmul_(out, (own - log_sum[first:]).exp_().unsqueeze(-1))
+        for part, (out, own) in zip(parts[1:], done[1:], strict=True):
+            merged[part.first :].addcmul_(out, (own - log_sum[part.first :]).exp_().unsqueeze(-1))
         merged = merged.to(tensors[0].dtype)
         ctx.save_for_backward(merged, log_sum, *tensors)
-        ctx.scale, ctx.kinds = scale, kinds
+        ctx.scale, ctx.layout = scale, layout
         return merged
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         merged, log_sum, *tensors = ctx.saved_tensors
-        found: list[Tensor | None] = []
-        for (causal, first), (q, k, v, bias) in zip(ctx.kinds, _fours(tensors), strict=True):
-            mask = _expanded(bias, q, k)
-            found += [
-                *flash(gradients[0][first:], q, k, v, merged[first:], log_sum[first:], 0.0, causal, attn_mask=mask,
-                       scale=ctx.scale),
-                None,
-            ]  # fmt: skip
+        found: list[Tensor | None] = [None] * len(tensors)
+        for (places, _), part in zip(ctx.layout, _parts(ctx.layout, tensors), strict=True):
+            queries = slice(part.first, None)
+            q, k, v = part.q[queries], part.k[part.keys], part.v[part.keys]
+            pieces = flash(gradients[0][queries], q, k, v, merged[queries], log_sum[queries], 0.0, part.causal,
+                           attn_mask=_expanded(part.bias, q, k), scale=ctx.scale)  # fmt: skip
+            for place, piece, rows in zip(places, pieces, (queries, part.keys, part.keys), strict=False):
+                if ctx.needs_input_grad[2 + place]:
+                    found[place] = _added(found[place], piece, rows, tensors[place])
         return None, None, *found
 
 
-def _fours(tensors: Any) -> list[tuple]:
-    return [tuple(tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+def _parts(layout: list[tuple], tensors: Sequence[Tensor]) -> list[Part]:
+    return [
+        Part(tensors[q], tensors[k], tensors[v], None if bias is None else tensors[bias], *rest)
+        for (q, k, v, bias), rest in layout
+    ]
+
+
+def _added(total: Tensor | None, piece: Tensor, rows: slice, like: Tensor) -> Tensor:
+    """The gradient so far and one of these rows more; the first that is of all rows is taken as it is."""
+    if total is None:
+        if len(piece) == len(like):
+            return piece
+        total = torch.zeros_like(like)
+    total[rows] += piece
+    return total
 
 
 def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

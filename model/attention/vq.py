@@ -138,9 +138,9 @@ class VQAttention(nn.Module):
             x.flatten(0, 1)
             for x in (
                 rotate(q_BSHE, angles),
+                rotate(q_BSHE, self._beyond(angles)),
                 rotate(word_BSKE, angles),
                 v_BSKE,
-                rotate(q_BSHE, self._beyond(angles)),
                 word_BSKE.detach(),
                 code_BSK,
             )
@@ -148,7 +148,9 @@ class VQAttention(nn.Module):
         out = torch.zeros_like(flat[0])
         for group in documents.groups:
             is_short = group.slot_GL.shape[1] <= self._ring  # then every slot sees all of its past in the window
-            attended = self._short(group, *flat[:3]) if is_short else self._blocks(group, codewords_KCE, *flat)
+            attended = (
+                self._short(group, flat[0], *flat[2:4]) if is_short else self._blocks(group, codewords_KCE, *flat)
+            )
             out = out.index_copy(0, group.slot_GL[group.valid_GL], attended[group.valid_GL])
         return out.view_as(q_BSHE)
 
@@ -170,28 +172,27 @@ class VQAttention(nn.Module):
         slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
         slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1).contiguous()
         blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
-        value_sum, count = self._empty_sums(flat[2].expand(documents, *flat[2].shape))
-        outs, seen = [], [x[:0] for x in blocks]
-        for chunk in zip(*(x.split(self.config.chunk_blocks) for x in blocks), strict=True):
+        value_sum, count = self._empty_sums(flat[3].expand(documents, *flat[3].shape))
+        outs: list[Tensor] = []
+        seen: list[Tensor] = []
+        for near_q, far_q, *keys in zip(*(x.split(self.config.chunk_blocks) for x in blocks), strict=True):
             # The queries of a chunk see the block before it one by one; the one before that joins the sums. No slices
             # of the whole: the gradient of each would be as large as the whole.
-            lead = len(seen[0])
-            seen = [torch.cat(pair) for pair in zip(seen, chunk, strict=True)]
+            seen = [torch.cat((old[-2:], new)) for old, new in zip(seen, keys, strict=True)] if seen else keys
+            given = (near_q, far_q, seen, codewords_KCE, value_sum, count)
             if self.config.recompute_chunks and torch.is_grad_enabled():
-                out, value_sum, count = checkpoint(self._chunk, lead, codewords_KCE, seen, value_sum, count,
-                                                   use_reentrant=False)  # fmt: skip
+                out, value_sum, count = checkpoint(self._chunk, *given, use_reentrant=False)
             else:
-                out, value_sum, count = self._chunk(lead, codewords_KCE, seen, value_sum, count)
+                out, value_sum, count = self._chunk(*given)
             outs.append(out)
-            seen = [x[-2:] for x in seen]
         return torch.cat(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :longest]
 
-    def _chunk(self, lead: int, codewords: Tensor, blocks: list[Tensor], value_sum: Tensor, count: Tensor,
-               ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Blocks `lead` and on of the given ones, given the sums over all blocks before these; returns (U - lead, G, H,
-        M, E), and the sums over all but the last two blocks."""
-        near_q, near_k, v, far_q, word, code = blocks
-        share = near_q.shape[2] // near_k.shape[2]
+    def _chunk(self, near_q: Tensor, far_q: Tensor, blocks: list[Tensor], codewords: Tensor, value_sum: Tensor,
+               count: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The queries of the last of some blocks, given the sums over all blocks before these; returns what they see,
+        as near_q (U, G, H, M, E), and the sums over all but the last two blocks."""
+        near_k, v, word, code = blocks
+        lead, share = len(v) - len(near_q), near_q.shape[2] // near_k.shape[2]
         through = self.config.grad_through_cache
         cache = v if through else v.detach()
         strict, size = self.config.band == "strict", self.window
@@ -199,31 +200,28 @@ class VQAttention(nn.Module):
         if _has_kernel(near_q):
             from model.attention.kernel import blocks_attended  # on demand: it needs Triton
 
-            out = blocks_attended(near_q, far_q, near_k, word, v, codewords, mean, log_count, self.scale, lead, strict,
-                                  through)  # fmt: skip
+            out = blocks_attended(
+                near_q, far_q, near_k, word, v, codewords, mean, log_count, self.scale, strict, through
+            )
             return out, value_sum, count
         ones = torch.ones(size, size, dtype=near_q.dtype, device=near_q.device)
 
-        def queries(x: Tensor, begin: int) -> Tensor:
-            return x[begin:].flatten(0, 1)
+        def sequences(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).repeat_interleave(share, 1) if share > 1 else x.flatten(0, 1)
 
-        def keys(x: Tensor, begin: int, end: int) -> Tensor:
-            return x[begin:end].flatten(0, 1).repeat_interleave(share, 1) if share > 1 else x[begin:end].flatten(0, 1)
-
-        parts = [Part(queries(near_q, lead), keys(near_k, lead, len(v)), keys(v, lead, len(v)), causal=True)]
-        documents = v.shape[1]
+        near, far = near_q.flatten(0, 1), far_q.flatten(0, 1)
+        key, value = sequences(near_k), sequences(v)
+        documents, begin = v.shape[1], max(lead, 1)
+        first, seen = (begin - lead) * documents, (begin - 1) * documents
+        parts = [Part(near, key, value, causal=True, seen=lead * documents)]
         if len(v) > 1:
-            begin = max(lead, 1)
-            first = (begin - lead) * documents
-            span = (begin - 1, len(v) - 1)
-            before = MASKED * ones.tril(-1) if strict else None
-            parts.append(Part(queries(near_q, begin), keys(near_k, *span), keys(v, *span), before, first=first))
+            parts.append(Part(near, key, value, MASKED * ones.tril(-1) if strict else None, first=first, seen=seen))
             if strict:
-                parts.append(Part(queries(far_q, begin), keys(word, *span), keys(cache, *span), MASKED * ones.triu(),
-                                  first=first))  # fmt: skip
+                between = value if through else value.detach()
+                parts.append(Part(far, sequences(word), between, MASKED * ones.triu(), first=first, seen=seen))
         if len(v) > 2:
-            parts.append(Part(queries(far_q, 2), keys(codewords.expand_as(mean), 0, len(v)), keys(mean, 0, len(v)),
-                              keys(log_count, 0, len(v)).unsqueeze(2), first=(2 - lead) * documents))  # fmt: skip
+            parts.append(Part(far, sequences(codewords.expand_as(mean)), sequences(mean),
+                              sequences(log_count).unsqueeze(2), first=(2 - lead) * documents))  # fmt: skip
         return attend(parts, self.scale).unflatten(0, (-1, documents)), value_sum, count
 
 

@@ -247,8 +247,8 @@ def test_merged_parts_equal_plain_softmax() -> None:
     nothing = MASKED * torch.ones(1, 1, 1, 5, dtype=torch.float64)
     parts = [
         Part(q, k, v, causal=True),
-        Part(q[1:], k[:-1], v[:-1], first=1),
-        Part(q[2:], k[2:], v[2:], nothing, first=2),
+        Part(q, k, v, first=1),
+        Part(q, k, v, nothing, first=2, seen=2),
     ]
     results = []
     for function in (attend, attend_plainly):
