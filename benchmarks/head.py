@@ -18,11 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from benchmarks.head_rows import SETTINGS, Setting, label
 from benchmarks.report import Result, Row
-from model.diffusion.sampler import LEARNED, evaluations
+from model.diffusion.path import PATHS
+from model.diffusion.sampler import LEARNED, SAMPLERS, evaluations, grid_of
 from model.sampling import Sampling
 from train import checkpoint, settings
 from train.config import Config
@@ -224,7 +227,18 @@ def announce(cells: Sequence[Cell]) -> None:
 
 
 def _evaluations(sampling: Sampling) -> int:
-    return evaluations(sampling.sampler, sampling.steps) * sampling.guidance.streams
+    """Of the head per patch, in all streams."""
+    guidance, seen = sampling.guidance, []
+    if guidance.streams == 1:
+        return evaluations(sampling.sampler, sampling.steps)
+
+    def velocity(z: Tensor, time: float) -> Tensor:
+        seen.append(guidance.streams_at(time))
+        return z
+
+    times, nothing = grid_of(sampling.grid, sampling.steps, PATHS["flow"], sampling.time_shift), torch.zeros(1)
+    SAMPLERS[sampling.sampler](velocity, nothing, times, lambda *_: nothing)
+    return sum(seen)
 
 
 def speed(config: Config) -> Scores:
@@ -374,7 +388,7 @@ place of the caption in the picture; {rows[0]["pictures"]} pictures per cell and
 pixels to the test split; look at both, since blurred digits, means over what a patch could be, are recognised best.
 Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures.
 Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
-Evaluations of the head count both streams of guidance. Ranges are over seeds.
+Evaluations of the head count both streams where guidance acts. Ranges are over seeds.
 """
     )
 

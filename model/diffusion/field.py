@@ -23,7 +23,7 @@ class _Moment(NamedTuple):
 
 @dataclass
 class Field:
-    """The guided velocity of N patches, the ones that began last. A head evaluation covers all streams of the guidance.
+    """The guided velocity of N patches, the ones that began last. A head evaluation covers all streams that have a say.
 
     Times that were evaluated before are remembered: nothing that depends on them alone is computed again.
     """
@@ -50,10 +50,10 @@ class Field:
 
     def __call__(self, z: Tensor, time: float | Tensor) -> Tensor:
         """dz/dt of the flow path at a straight time, one for all patches or (N, 1)."""
-        streams = self.guidance.streams
+        streams = self.guidance.streams_at(time)
         at, embedding_RW = self._moment(z, time)
         z_RP = at.scale * (z if streams == 1 else z.repeat(streams, 1))
-        out = self.head(z_RP, None, self._condition_RW + embedding_RW).float()
+        out = self.head(z_RP, None, self._condition_RW[: len(z_RP)] + embedding_RW).float()
         if self.config.objective == "ddpm":
             out, spread = out.chunk(2, dim=1)
             self._spread = spread[: len(z)]

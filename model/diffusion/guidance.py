@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -39,6 +39,11 @@ class Guidance:
             return 3
         return 1 if self.scale == 1 else 2
 
+    def streams_at(self, time: float | Tensor) -> int:
+        """How many have a say at a straight time: outside of the interval the first alone."""
+        inside = self.schedule != "interval" or isinstance(time, Tensor) or self._inside(time)
+        return self.streams if inside else 1
+
     def at(self, time: float | Tensor, fraction: Tensor) -> Tensor:
         """Scale at a straight time for patches that complete the given fraction (0, 1] of their image, shape of
         fraction."""
@@ -47,8 +52,11 @@ class Guidance:
     def _at(self, scale: float, time: float | Tensor, fraction: Tensor) -> Tensor:
         if self.schedule == "linear":
             return 1 + (scale - 1) * fraction
-        inside = self.schedule == "constant" or ((time > self.low) | (self.low == 0)) & (time < self.high)
+        inside = self.schedule == "constant" or self._inside(time)
         return fraction.new_zeros(fraction.shape) + scale * inside + 1 * (inside ^ True)
+
+    def _inside(self, time: Any) -> Any:
+        return ((time > self.low) | (self.low == 0)) & (time < self.high)
 
     def apply(self, velocities: Sequence[Tensor], time: float | Tensor, fraction: Tensor) -> Tensor:
         """The guided velocity from those of all streams, (N, P) each, in the order of `streams`. fraction: (N, 1)."""

@@ -41,6 +41,17 @@ def test_streams() -> None:
     assert Guidance(1.0, image_scale=2.0).streams == Guidance(2.0, image_scale=0.0).streams == 3
 
 
+@pytest.mark.parametrize(
+    ("schedule", "time", "streams"),
+    [("interval", 0.1, 1), ("interval", 0.2, 3), ("interval", 0.4, 1), ("constant", 0.1, 3), ("linear", 0.1, 3)],
+)
+def test_streams_without_a_say_are_not_run(schedule, time, streams) -> None:
+    guidance = Guidance(4.0, schedule, 0.1, 0.4, image_scale=2.0)
+    assert guidance.streams_at(time) == streams
+    assert guidance.streams_at(torch.tensor([[time]])) == 3  # a time for every patch
+    assert Guidance(1.0, schedule, 0.1, 0.4).streams_at(time) == 1
+
+
 def velocities(count: int) -> list[torch.Tensor]:
     return list(torch.randn(count, 3, 5, dtype=torch.float64).unbind(0))
 
