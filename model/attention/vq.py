@@ -174,11 +174,13 @@ class VQAttention(nn.Module):
         blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
         value_sum, count = self._empty_sums(flat[3].expand(documents, *flat[3].shape))
         outs: list[Tensor] = []
-        seen: list[Tensor] = []
+        seen = [x[:0] for x in blocks[2:]]
         for near_q, far_q, *keys in zip(*(x.split(self.config.chunk_blocks) for x in blocks), strict=True):
             # The queries of a chunk see the block before it one by one; the one before that joins the sums. No slices
-            # of the whole: the gradient of each would be as large as the whole.
-            seen = [torch.cat((old[-2:], new)) for old, new in zip(seen, keys, strict=True)] if seen else keys
+            # of the whole: the gradient of each would be as large as the whole, which they would keep in memory.
+            if number > self.config.chunk_blocks:
+                keys = [torch.cat((old[-2:], new)) for old, new in zip(seen, keys, strict=True)]
+            seen = keys
             given = (near_q, far_q, seen, codewords_KCE, value_sum, count)
             if self.config.recompute_chunks and torch.is_grad_enabled():
                 out, value_sum, count = checkpoint(self._chunk, *given, use_reentrant=False)
