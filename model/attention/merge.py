@@ -15,10 +15,14 @@ MASKED = -1e30
 """Added to scores of what must not be seen. Finite, so that a query which sees nothing of a part has no NaN in it."""
 
 
+Place = tuple[slice, slice, slice]
+"""Sequences, heads and rows."""
+
+
 class Part(NamedTuple):
     """Queries q[first:] of N sequences (N, H, L, E) see keys and values from sequence `seen` on (.., H, T, E), one
     sequence each, with a bias that broadcasts to the scores (N - first, H, L, T) and has no gradient, or causal (then
-    L = T).
+    L = T). Of every sequence, only the chosen rows of queries see the chosen rows of keys; the bias is theirs.
 
     Parts may share tensors: their gradients are then summed in place, and no slice needs one as large as the whole.
     """
@@ -30,14 +34,20 @@ class Part(NamedTuple):
     causal: bool = False
     first: int = 0
     seen: int = 0
+    rows: slice = slice(None)
+    key_rows: slice = slice(None)
 
     @property
-    def keys(self) -> slice:
-        return slice(self.seen, self.seen + len(self.q) - self.first)
+    def queries(self) -> Place:
+        return slice(self.first, None), slice(None), self.rows
+
+    @property
+    def keys(self) -> Place:
+        return slice(self.seen, self.seen + len(self.q) - self.first), slice(None), self.key_rows
 
 
 def attend(parts: list[Part], scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias) v over the keys of all parts together, (N, H, L, E). The first part has all N."""
+    """softmax(scale * q k^T + bias) v over the keys of all parts, (N, H, L, E). The first part has all queries."""
     if parts[0].q.device.type != "cpu":
         return attend_plainly(parts, scale)
     tensors = list({id(x): x for part in parts for x in part[:4] if x is not None}.values())
@@ -49,19 +59,19 @@ def attend_plainly(parts: list[Part], scale: float) -> Tensor:
     """The same from plain operations, with all scores in memory at once: the reference of `attend`."""
     scores = []
     for part in parts:
-        score = (part.q[part.first :] @ part.k[part.keys].transpose(-1, -2)).to(_wide(part.q)) * scale
+        score = (part.q[part.queries] @ part.k[part.keys].transpose(-1, -2)).to(_wide(part.q)) * scale
         if part.causal:
             score = score + MASKED * torch.ones_like(score, requires_grad=False).triu(1)
         scores.append(score if part.bias is None else score + part.bias)
     top = scores[0].detach().amax(-1, keepdim=True)
     for part, score in zip(parts[1:], scores[1:], strict=True):
-        top[part.first :] = torch.maximum(top[part.first :], score.detach().amax(-1, keepdim=True))
+        top[part.queries] = torch.maximum(top[part.queries], score.detach().amax(-1, keepdim=True))
     total, normaliser = torch.zeros_like(parts[0].q, dtype=top.dtype), torch.zeros_like(top)
     for part, score in zip(parts, scores, strict=True):
-        weight = (score - top[part.first :]).exp()
+        weight = (score - top[part.queries]).exp()
         seen = (weight.to(part.v.dtype) @ part.v[part.keys]).to(top.dtype)
-        total = torch.cat((total[: part.first], total[part.first :] + seen))
-        normaliser = torch.cat((normaliser[: part.first], normaliser[part.first :] + weight.sum(-1, keepdim=True)))
+        total = total + _spread(seen, part.queries, total)
+        normaliser = normaliser + _spread(weight.sum(-1, keepdim=True), part.queries, normaliser)
     return (total / normaliser).to(parts[0].q.dtype)
 
 
@@ -74,14 +84,15 @@ class _Flash(torch.autograd.Function):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         parts, done = _parts(layout, tensors), []
         for part in parts:
-            q, k, v = part.q[part.first :], part.k[part.keys], part.v[part.keys]
+            q, k, v = part.q[part.queries], part.k[part.keys], part.v[part.keys]
             done.append(flash(q, k, v, 0.0, part.causal, attn_mask=_expanded(part.bias, q, k), scale=scale))
         log_sum = done[0][1].clone()
         for part, (_, own) in zip(parts[1:], done[1:], strict=True):
-            torch.logaddexp(log_sum[part.first :], own, out=log_sum[part.first :])
+            at = part.queries
+            log_sum[at] = torch.logaddexp(log_sum[at], own)
         merged = done[0][0] * (done[0][1] - log_sum).exp_().unsqueeze(-1)
         for part, (out, own) in zip(parts[1:], done[1:], strict=True):
-            merged[part.first :].addcmul_(out, (own - log_sum[part.first :]).exp_().unsqueeze(-1))
+            merged[part.queries].addcmul_(out, (own - log_sum[part.queries]).exp_().unsqueeze(-1))
         merged = merged.to(tensors[0].dtype)
         ctx.save_for_backward(merged, log_sum, *tensors)
         ctx.scale, ctx.layout = scale, layout
@@ -93,13 +104,13 @@ class _Flash(torch.autograd.Function):
         merged, log_sum, *tensors = ctx.saved_tensors
         found: list[Tensor | None] = [None] * len(tensors)
         for (places, _), part in zip(ctx.layout, _parts(ctx.layout, tensors), strict=True):
-            queries = slice(part.first, None)
-            q, k, v = part.q[queries], part.k[part.keys], part.v[part.keys]
-            pieces = flash(gradients[0][queries], q, k, v, merged[queries], log_sum[queries], 0.0, part.causal,
+            at = part.queries
+            q, k, v = part.q[at], part.k[part.keys], part.v[part.keys]
+            pieces = flash(gradients[0][at], q, k, v, merged[at], log_sum[at], 0.0, part.causal,
                            attn_mask=_expanded(part.bias, q, k), scale=ctx.scale)  # fmt: skip
-            for place, piece, rows in zip(places, pieces, (queries, part.keys, part.keys), strict=False):
-                if ctx.needs_input_grad[2 + place]:
-                    found[place] = _added(found[place], piece, rows, tensors[place])
+            for i, piece, where in zip(places, pieces, (at, part.keys, part.keys), strict=False):
+                if ctx.needs_input_grad[2 + i]:
+                    found[i] = _added(found[i], piece, where, tensors[i])
         return None, None, *found
 
 
@@ -110,14 +121,21 @@ def _parts(layout: list[tuple], tensors: Sequence[Tensor]) -> list[Part]:
     ]
 
 
-def _added(total: Tensor | None, piece: Tensor, rows: slice, like: Tensor) -> Tensor:
-    """The gradient so far and one of these rows more; the first that is of all rows is taken as it is."""
+def _added(total: Tensor | None, piece: Tensor, where: Place, like: Tensor) -> Tensor:
+    """The gradient so far and that of a place more; a first one that is of the whole is taken as it is."""
     if total is None:
-        if len(piece) == len(like):
+        if piece.shape == like.shape:
             return piece
         total = torch.zeros_like(like)
-    total[rows] += piece
+    total[where] += piece
     return total
+
+
+def _spread(x: Tensor, where: Place, like: Tensor) -> Tensor:
+    """x at its place among zeros."""
+    wide = torch.zeros_like(like)
+    wide[where] = x
+    return wide
 
 
 def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

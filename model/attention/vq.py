@@ -12,6 +12,7 @@ A document is computed in blocks of M slots. The queries of a block see
     far      all blocks before that, summed per codeword              constant rotation
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -216,15 +217,27 @@ class VQAttention(nn.Module):
         documents, begin = v.shape[1], max(lead, 1)
         first, seen = (begin - lead) * documents, (begin - 1) * documents
         parts = [Part(near, key, value, causal=True, seen=lead * documents)]
-        if len(v) > 1:
-            parts.append(Part(near, key, value, MASKED * ones.tril(-1) if strict else None, first=first, seen=seen))
-            if strict:
-                between = value if through else value.detach()
-                parts.append(Part(far, sequences(word), between, MASKED * ones.triu(), first=first, seen=seen))
+        if len(v) > 1 and not strict:
+            parts.append(Part(near, key, value, first=first, seen=seen))
+        if len(v) > 1 and strict:
+            words, values = sequences(word), value if through else value.detach()
+            for rows, before, between in _halves(size):
+                bias = MASKED * ones.tril(-1)[rows, before]
+                parts.append(Part(near, key, value, bias, False, first, seen, rows, before))
+                bias = MASKED * ones.triu()[rows, between]
+                parts.append(Part(far, words, values, bias, False, first, seen, rows, between))
         if len(v) > 2:
             parts.append(Part(far, sequences(codewords.expand_as(mean)), sequences(mean),
                               sequences(log_count).unsqueeze(2), first=(2 - lead) * documents))  # fmt: skip
         return attend(parts, self.scale).unflatten(0, (-1, documents)), value_sum, count
+
+
+def _halves(size: int) -> Sequence[tuple[slice, slice, slice]]:
+    """Rows of queries in a block, and of the keys before it that they can see: in the window, and beyond it. What the
+    halves do not see, a quarter of the scores, is not computed."""
+    half, every = size // 2, slice(None)
+    first, second = slice(half), slice(half, None)
+    return [(first, every, first), (second, second, every)] if half else [(every, every, every)]
 
 
 def _far(code: Tensor, v: Tensor, value_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

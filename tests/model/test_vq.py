@@ -249,6 +249,7 @@ def test_merged_parts_equal_plain_softmax() -> None:
         Part(q, k, v, causal=True),
         Part(q, k, v, first=1),
         Part(q, k, v, nothing, first=2, seen=2),
+        Part(q, k, v, first=2, rows=slice(3, None), key_rows=slice(2)),
     ]
     results = []
     for function in (attend, attend_plainly):
@@ -256,10 +257,15 @@ def test_merged_parts_equal_plain_softmax() -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
-    score = torch.cat((q[1:] @ k[:-1].mT, q[1:] @ k[1:].mT + MASKED * torch.ones(5, 5).triu(1)), dim=-1) * 0.3
-    torch.testing.assert_close(
-        results[0][0][1:], score.softmax(-1) @ torch.cat((v[:-1], v[1:]), dim=2), rtol=0, atol=1e-13
-    )
+    for n in range(4):
+        seen = [(torch.ones(5, 5).tril(), n)] + [(torch.ones(5, 5), n - 1)] * (n > 0)
+        if n > 1:
+            corner = torch.zeros(5, 5)
+            corner[3:, :2] = 1
+            seen.append((corner, n - 2))
+        score = torch.cat([(q[n] @ k[m].mT * 0.3).masked_fill(mask == 0, -torch.inf) for mask, m in seen], dim=-1)
+        expected = score.softmax(-1) @ torch.cat([v[m] for _, m in seen], dim=1)
+        torch.testing.assert_close(results[0][0][n], expected, rtol=0, atol=1e-13)
 
 
 def test_bf16_follows_float32() -> None:
