@@ -89,13 +89,15 @@ class _Painter:
     def embed_time(self, time_1: Tensor) -> Tensor:
         return self.head.embed_time(time_1)
 
-    def __call__(self, z_MP: Tensor, _: None, time_1D: Tensor) -> Tensor:
+    def __call__(self, z_MP: Tensor, _: None, time_MD: Tensor) -> Tensor:
         clean_1D = self.head.embed_time(z_MP.new_ones(1))
-        time_ND = clean_1D.repeat(len(self.pixels_NP), 1).index_copy(0, self.noised_M, time_1D.expand(len(z_MP), -1))
-        pixels_NP = self.pixels_NP.index_copy(0, self.noised_M, z_MP)
+        # Where the first stream alone has a say, the others are computed too: all are one batch.
+        streams = len(self.noised_M) // len(z_MP)
+        time_ND = clean_1D.repeat(len(self.pixels_NP), 1).index_copy(0, self.noised_M, time_MD.repeat(streams, 1))
+        pixels_NP = self.pixels_NP.index_copy(0, self.noised_M, z_MP.repeat(streams, 1))
         x_RSD = self.model.embed(self.token_RS, self.is_patch_RS, pixels_NP, time_ND)
         hidden_RSD, _commit = self.model.backbone(x_RSD, self.angles, self.documents)
-        return self.head(hidden_RSD.flatten(0, 1).index_select(0, self.slot_M))
+        return self.head(hidden_RSD.flatten(0, 1).index_select(0, self.slot_M[: len(z_MP)]))
 
 
 def paint(model: Ropeway, head: SequenceHead, writers: list[Writer], begun: list[int], streams: Streams,
@@ -125,7 +127,7 @@ def paint(model: Ropeway, head: SequenceHead, writers: list[Writer], begun: list
     field = Field(painter, config, sampling.guidance, random, sampling.clamp)  # type: ignore[arg-type]
     times = grid_of(sampling.grid, sampling.steps, PATHS[config.path], sampling.time_shift)
     z = torch.cat([streams.noise[b] for b in begun]) * config.noise_scale * (1 - times[0])
-    field.begin(z.new_zeros(()), z.new_ones(len(z), 1))
+    field.begin(z.new_zeros(len(z) * sampling.guidance.streams, 1), z.new_ones(len(z), 1))
     patches_MP = to_bytes(sampler_of(model, sampling)(field, z, times, field.noise)).repeat(len(streams.firsts), 1)
     row_M, place_M = is_noised_RS.nonzero().unbind(1)
     streams.patch_RTP[row_R[row_M], place_M] = patches_MP

@@ -108,8 +108,8 @@ def pick_device(name: str) -> torch.device:
 
 def keep_freed_memory() -> None:
     """Let glibc hand out again what was freed, instead of giving large blocks back to the system, which would have to
-    clear every page of them anew: a third of the time of `vq` attention over 32,768 slots. Other C libraries, and other
-    allocators in its place, stay as they are."""
+    clear every page of them anew: a quarter of the time of `vq` attention over 32,768 slots. Other C libraries stay as
+    they are."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)

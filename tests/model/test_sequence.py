@@ -103,15 +103,17 @@ def prompt_of(document: Document) -> Prompt:
     return Prompt(**columns, patches=row.patches)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_drawing_by_hand(scale) -> None:
+@pytest.mark.parametrize(("scale", "schedule"), [(1.0, "constant"), (2.5, "constant"), (2.5, "interval")])
+def test_drawing_by_hand(scale, schedule) -> None:
     """Prompts of different lengths in one batch, two images each, the second after the clean first one."""
     model = whole()
     documents: list[Document] = [[Words([1])], [Words([2, 3, 4]), picture(RNG, 2, 2), Words([5])]]
     requests = [Request(prompt_of(d), n, True, (2, 3), max_images=1 + n, max_text=0) for n, d in enumerate(documents)]
     with torch.no_grad():
         model.text_head.weight[VOCABULARY.eos] = 0
-        drawn = generate(model, requests, Sampling(steps=3, temperature=0, guidance=Guidance(scale, "constant")))
+        drawn = generate(
+            model, requests, Sampling(steps=3, temperature=0, guidance=Guidance(scale, schedule, high=0.5))
+        )
     for request, document, segments in zip(requests, documents, drawn, strict=True):
         image = segments[0]
         assert isinstance(image, GeneratedImage)
@@ -133,7 +135,8 @@ def test_drawing_by_hand(scale) -> None:
         with torch.no_grad():
             for step in range(3):
                 without = velocity(z, step / 3, words=False)
-                z = z + (without + scale * (velocity(z, step / 3, words=True) - without)) / 3
+                own = scale if schedule == "constant" or step / 3 < 0.5 else 1
+                z = z + (without + own * (velocity(z, step / 3, words=True) - without)) / 3
         assert np.abs(to_bytes(z).numpy().astype(int) - image.patches).max() <= 1
 
 
