@@ -219,7 +219,7 @@ class VQAttention(nn.Module):
         parts = [Part(near, key, value, causal=True, seen=lead * documents)]
         if len(v) > 1 and not strict:
             parts.append(Part(near, key, value, first=first, seen=seen))
-        if len(v) > 1 and strict:
+        elif len(v) > 1:
             words, values = sequences(word), value if through else value.detach()
             for rows, before, between in _halves(size):
                 bias = MASKED * ones.tril(-1)[rows, before]
