@@ -22,10 +22,11 @@ def blocks_attended(near_q: Tensor, far_q: Tensor, near_k: Tensor, word: Tensor,
                     ) -> Tensor:  # fmt: skip
     """Attention of the last V of U blocks of M slots of G documents each, (V, G, H, M, E).
 
-    Queries near_q and far_q (V, G, H, M, E), rotated to their positions and by the constant; keys near_k and word,
-    values v (U, G, K, M, E); far away, codeword (K, C, E), and mean (U - 2, G, K, C, E) and log_count (U - 2, G, K, C)
-    for the queries of block 2 and on. Sums are float32 or wider. Gradients: near_q, far_q, near_k, v, mean; beyond the
-    window v and mean have one only with through_cache.
+    Queries (V, G, H, M, E): near_q rotated to their positions, far_q not rotated. Keys (U, G, K, M, E): near_k rotated
+    to their positions, word by the constant; values v (U, G, K, M, E). Far away codeword (K, C, E), rotated by the
+    constant, and mean (U - 2, G, K, C, E) and log_count (U - 2, G, K, C) for the queries of block 2 and on. Sums are
+    float32 or wider. Gradients: near_q, far_q, near_k, v, mean; beyond the window v and mean have one only with
+    through_cache.
     """
     return _Blocks.apply(near_q, far_q, near_k, word, v, codeword, mean, log_count, scale, strict, through_cache)
 

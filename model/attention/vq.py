@@ -97,11 +97,10 @@ class VQAttention(nn.Module):
         back_BR = (length_B[:, None] - torch.arange(ring, device=length_B.device)) % ring
         held_BR = length_B[:, None] - back_BR  # the slot in each place, negative if there is none yet
         heads, wide = state.key_BKRE.shape[1], state.value_sum_BKCE.dtype
-        near_BKGE, far_BKGE = (
-            rotate(q_B1HE, turn)[:, 0].unflatten(1, (heads, -1)) for turn in (angles, self._beyond(angles))
-        )
+        near_BKGE, far_BKGE = (q[:, 0].unflatten(1, (heads, -1)) for q in (rotate(q_B1HE, angles), q_B1HE))
         near_BKGR = (near_BKGE @ state.key_BKRE.transpose(-1, -2)).to(wide)
-        far_BKGC = (far_BKGE @ codewords_KCE.to(q_B1HE.dtype).transpose(-1, -2)).to(wide)
+        beyond_KCE = rotate(codewords_KCE, self._beyond(angles)).to(q_B1HE.dtype)
+        far_BKGC = (far_BKGE @ beyond_KCE.transpose(-1, -2)).to(wide)
         if self.config.band == "block":
             in_band_BR = held_BR // self.window >= (length_B // self.window - 1)[:, None]
             between_BKGR = far_BKGC.gather(-1, state.code_BKR.unsqueeze(2).expand_as(near_BKGR))
@@ -120,10 +119,10 @@ class VQAttention(nn.Module):
         return self.window + 1 if self.config.band == "strict" else 2 * self.window
 
     def _beyond(self, angles: Rotation) -> Rotation:
-        """The one rotation of queries against keys beyond the window, whose own is none: M + 1 on both coordinates."""
+        """The one rotation of keys beyond the window, for queries without any: -(M + 1) on both coordinates."""
         wide = torch.float64
         theta_F = frequencies(2 * angles.cos.shape[-1], self.rope_base, self.rope_frequencies, angles.cos.device, wide)
-        angle = (self.window + 1) * theta_F
+        angle = -(self.window + 1) * theta_F
         return Rotation(angle.cos().to(angles.cos.dtype), angle.sin().to(angles.cos.dtype))
 
     def _empty_sums(self, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,16 +132,18 @@ class VQAttention(nn.Module):
 
     def _attended(self, q_BSHE: Tensor, word_BSKE: Tensor, code_BSK: Tensor, codewords_KCE: Tensor, v_BSKE: Tensor,
                   angles: Rotation, documents: Documents) -> Tensor:  # fmt: skip
-        """word, code: the keys' codewords, with a gradient to the keys, and their numbers."""
-        codewords_KCE = codewords_KCE.to(q_BSHE.dtype)
+        """word, code: the keys' codewords, with a gradient to the keys, and their numbers. Far away it is they that are
+        rotated and not the queries, since they need no gradient there."""
+        beyond = self._beyond(angles)
+        codewords_KCE = rotate(codewords_KCE, beyond).to(q_BSHE.dtype)
         flat = [
             x.flatten(0, 1)
             for x in (
                 rotate(q_BSHE, angles),
-                rotate(q_BSHE, self._beyond(angles)),
+                q_BSHE,
                 rotate(word_BSKE, angles),
                 v_BSKE,
-                word_BSKE.detach(),
+                rotate(word_BSKE.detach(), beyond),
                 code_BSK,
             )
         ]
@@ -152,7 +153,7 @@ class VQAttention(nn.Module):
             attended = (
                 self._short(group, flat[0], *flat[2:4]) if is_short else self._blocks(group, codewords_KCE, *flat)
             )
-            out = out.index_copy(0, group.slot_GL[group.valid_GL], attended[group.valid_GL])
+            out.index_copy_(0, group.slot_GL[group.valid_GL], attended[group.valid_GL])
         return out.view_as(q_BSHE)
 
     def _short(self, group: Group, q_XHE: Tensor, k_XKE: Tensor, v_XKE: Tensor) -> Tensor:
@@ -166,34 +167,35 @@ class VQAttention(nn.Module):
         )
 
     def _blocks(self, group: Group, codewords_KCE: Tensor, *flat: Tensor) -> Tensor:
-        """Longer documents, (G, L, H, E). Inside, U counts blocks and M slots of a block: (U, G, H, M, E)."""
+        """Longer documents, (G, L, H, E). Inside, U counts blocks and M slots of a block: (U, G, M, H, E)."""
         documents, longest = group.slot_GL.shape
         number = -(-longest // self.window)
         last = torch.arange(number * self.window, device=group.slot_GL.device).clamp(max=longest - 1)
         slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
         slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1).contiguous()
-        blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape).transpose(2, 3) for x in flat]
+        blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape) for x in flat]
         value_sum, count = self._empty_sums(flat[3].expand(documents, *flat[3].shape))
         outs: list[Tensor] = []
-        seen = [x[:0] for x in blocks[2:]]
-        for near_q, far_q, *keys in zip(*(x.split(self.config.chunk_blocks) for x in blocks), strict=True):
-            # The queries of a chunk see the block before it one by one; the one before that joins the sums. No slices
-            # of the whole: the gradient of each would be as large as the whole, which they would keep in memory.
-            if number > self.config.chunk_blocks:
-                keys = [torch.cat((old[-2:], new)) for old, new in zip(seen, keys, strict=True)]
-            seen = keys
-            given = (near_q, far_q, seen, codewords_KCE, value_sum, count)
+        chunk = self.config.chunk_blocks
+        # One by one, since chunks share blocks: the gradient of a slice would be as large as what it is cut from.
+        singly = [x.split(1) for x in blocks[2:]]
+        for start, *queries in zip(range(0, number, chunk), *(x.split(chunk) for x in blocks[:2]), strict=True):
+            # The queries of a chunk see the block before it one by one; the one before that joins the sums.
+            seen = [torch.cat(x[max(start - 2, 0) : start + chunk]) for x in singly] if number > chunk else blocks[2:]
+            queries, seen = ([x.transpose(2, 3) for x in tensors] for tensors in (queries, seen))  # heads before slots
+            given = (queries, seen, codewords_KCE, value_sum, count)
             if self.config.recompute_chunks and torch.is_grad_enabled():
                 out, value_sum, count = checkpoint(self._chunk, *given, use_reentrant=False)
             else:
                 out, value_sum, count = self._chunk(*given)
-            outs.append(out)
-        return torch.cat(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :longest]
+            outs.append(out.transpose(2, 3))
+        return torch.cat(outs).transpose(0, 1).flatten(1, 2)[:, :longest]
 
-    def _chunk(self, near_q: Tensor, far_q: Tensor, blocks: list[Tensor], codewords: Tensor, value_sum: Tensor,
+    def _chunk(self, queries: list[Tensor], blocks: list[Tensor], codewords: Tensor, value_sum: Tensor,
                count: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The queries of the last of some blocks, given the sums over all blocks before these; returns what they see,
-        as near_q (U, G, H, M, E), and the sums over all but the last two blocks."""
+        """The queries (U, G, H, M, E) of the last of some blocks, given the sums over all blocks before these; returns
+        what they see, of the same shape, and the sums over all but the last two blocks."""
+        near_q, far_q = queries
         near_k, v, word, code = blocks
         lead, share = len(v) - len(near_q), near_q.shape[2] // near_k.shape[2]
         through = self.config.grad_through_cache
@@ -245,7 +247,9 @@ def _far(code: Tensor, v: Tensor, value_sum: Tensor, count: Tensor) -> tuple[Ten
     the sums at the last. code (U, G, K, M), v (U, G, K, M, E); the sums before: (G, K, C, E), (G, K, C)."""
     shape = (*code.shape[:3], count.shape[-1])
     rows = code.shape[:3].numel()
-    index = (code.reshape(rows, code.shape[3]) + shape[-1] * torch.arange(rows, device=code.device)[:, None]).flatten()
+    row_UG1K = torch.arange(rows, device=code.device).view(*shape[:2], 1, shape[2])
+    code, v = code.transpose(2, 3), v.transpose(2, 3)  # as they lie in memory
+    index = (code + shape[-1] * row_UG1K).flatten()
     wide = value_sum.dtype
     block_count = count.new_zeros(rows * shape[-1]).index_add_(0, index, count.new_ones(len(index))).view(shape)
     block_sum = value_sum.new_zeros(rows * shape[-1], v.shape[-1]).index_add(
