@@ -37,7 +37,7 @@ def run(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     rounds: int = 5,
-    steps: int = 100,
+    steps: int = 300,
 ) -> Result:
     """One attention layer over rows of a single document, with random queries, keys and values.
 

@@ -6,6 +6,7 @@ Each one is built as its README builds it, at its own defaults except for the si
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -39,8 +40,10 @@ class System(Protocol):
 
     name: str
     settings: str
-    """How it learns and draws, for the report."""
+    """How it learns, and draws by default, for the report."""
     reads_captions: bool
+    sampling: Any
+    """How it draws; at first by default."""
 
     @property
     def model(self) -> nn.Module:
@@ -56,7 +59,7 @@ class System(Protocol):
         """Places in the Transformer's sequence that the documents take: text, markers and patches, no padding."""
 
     def draw(self, captions: Sequence[str]) -> np.ndarray:
-        """One picture per caption, (N, H, W, 3) uint8. A system that reads no captions draws as many."""
+        """One picture per caption, (N, H, W, 3) uint8, as `sampling` says. A system without captions draws as many."""
 
 
 def picture_of(document: Document) -> np.ndarray:
@@ -80,7 +83,7 @@ class RopewaySystem:
         self.name, self.config, self.side = name, config, side
         self.sampling, self.first_seed, self.rows_prepared = Sampling(), 0, 0
         self.settings = (
-            f"learns {config.head.draws} noise draw(s) per patch; draws with {self.sampling.sampler}, "
+            f"learns {config.head.draws} noise draw(s) per patch; draws by default with {self.sampling.sampler}, "
             f"{self.sampling.steps} evaluations per patch, guidance scale {self.sampling.guidance.scale:g}"
         )
         tokenizer = Tokenizer.bytes()
@@ -121,6 +124,16 @@ class RopewaySystem:
         return np.stack([unpatchify(image.patches, self.grid, self.grid, size) for image in images])
 
 
+@dataclass(frozen=True)
+class PeerSampling:
+    """How a peer draws."""
+
+    steps: int
+    """As its package counts them."""
+    scale: float = 1.0
+    """Of guidance."""
+
+
 class AutoregressiveSystem:
     """autoregressive-diffusion-pytorch: pictures only, patch by patch, a small denoiser on a causal Transformer."""
 
@@ -132,9 +145,11 @@ class AutoregressiveSystem:
         module = _without_trainer("autoregressive_diffusion_pytorch", f"autoregressive_{kind}")
         module.__dict__["tqdm"] = partial(tqdm, disable=True)  # it shows a bar per patch
         build = module.ImageAutoregressiveFlow if kind == "flow" else module.ImageAutoregressiveDiffusion
-        evaluations = "midpoint, 30 evaluations" if kind == "flow" else "Heun, 63 evaluations"
+        self.kind, self.sampling = kind, PeerSampling(16 if kind == "flow" else 32)
         self.patches = (side // patch_size) ** 2
-        self.settings = f"no captions; learns 1 noise draw per patch; draws with {evaluations} per patch"
+        solver, evaluations = "midpoint" if kind == "flow" else "Heun", self.evaluations_of(self.sampling)
+        self.settings = (f"no captions; learns 1 noise draw per patch; draws by default with {solver}, {evaluations} "
+                         "evaluations per patch")  # fmt: skip
         self.model = _of_size(
             parameters,
             lambda dim: build(
@@ -143,6 +158,10 @@ class AutoregressiveSystem:
                 model={"dim": dim, "depth": _PEER_DEPTH, "dim_head": _PEER_HEAD_WIDTH, "heads": _heads(dim)},
             ),
         )
+
+    def evaluations_of(self, sampling: PeerSampling) -> int:
+        """Of the denoiser, per patch: Heun, or midpoint between as many times as there are steps."""
+        return 2 * (sampling.steps - 1) if self.kind == "flow" else 2 * sampling.steps - 1
 
     def prepare(self, documents: Sequence[Document]) -> Tensor:
         pixels = torch.from_numpy(np.stack([picture_of(document) for document in documents]))
@@ -155,6 +174,9 @@ class AutoregressiveSystem:
         return len(documents) * self.patches
 
     def draw(self, captions: Sequence[str]) -> np.ndarray:
+        inner: Any = self.model.model
+        denoiser = inner.flow if self.kind == "flow" else inner.diffusion
+        denoiser.sample = partial(type(denoiser).sample, denoiser, num_sample_steps=self.sampling.steps)
         images: Tensor = self.model.sample(batch_size=len(captions))  # type: ignore[operator]
         return to_bytes(images.permute(0, 2, 3, 1) * 2 - 1).numpy()
 
@@ -170,9 +192,9 @@ class TransfusionSystem:
         module.__dict__["tqdm"] = partial(tqdm, disable=True)
         import_module("loguru").logger.disable("transfusion_pytorch")
         self.name = "transfusion-pytorch"
-        self.settings = (
-            "learns 1 noise draw per picture; draws with midpoint, 30 guided evaluations per picture (scale 3)"
-        )
+        self.sampling = PeerSampling(16, 3.0)
+        self.settings = ("learns 1 noise draw per picture, drops 10 % of the captions; draws by default with midpoint, "
+                         "30 guided evaluations per picture (scale 3)")  # fmt: skip
         self.patch_size, self.grid = patch_size, side // patch_size
         self.model = _of_size(
             parameters,
@@ -181,7 +203,7 @@ class TransfusionSystem:
                 dim_latent=3 * patch_size**2,
                 modality_default_shape=(self.grid, self.grid),
                 add_pos_emb=True,
-                prob_uncond=0.0,  # the other systems drop no captions here either
+                prob_uncond=0.1,  # its default, and what its guidance needs
                 transformer={"dim": dim, "depth": _PEER_DEPTH, "dim_head": _PEER_HEAD_WIDTH, "heads": _heads(dim)},
             ),
         )
@@ -196,6 +218,10 @@ class TransfusionSystem:
     def loss(self, batch: list[list[Tensor]]) -> Tensor:
         return self.model(batch)
 
+    def evaluations_of(self, sampling: PeerSampling) -> int:
+        """Of the Transformer, per picture: midpoint between as many times as there are steps."""
+        return 2 * (sampling.steps - 1)
+
     def positions(self, documents: Sequence[Document]) -> int:
         # Start and end of the sequence; around the picture its announcement, its shape as text, and two marks.
         frame = 2 + 3 + len(f"{self.grid},{self.grid}")
@@ -208,6 +234,8 @@ class TransfusionSystem:
             force_modality_at_start=(0, (self.grid, self.grid)),
             max_length=patches - 1,  # it stops when the picture is complete
             return_without_prompt=True,
+            modality_steps=self.sampling.steps,
+            cfg_scale=self.sampling.scale,
         )
         images = [to_bytes(sample[0].tensor.reshape(patches, -1)).numpy() for sample in samples]
         return np.stack([unpatchify(image, self.grid, self.grid, self.patch_size) for image in images])

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.command import OneLineParser, fail
+from data.command import OneLineParser, fail, working
 from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
@@ -63,15 +63,13 @@ def main() -> None:
             targets = _targets(arguments, [*names, "prompts.jsonl", *(["grid.png"] if arguments.grid else [])])
     except (ValueError, OSError) as error:
         fail(error, 2)
-    try:
+    with working("a smaller --batch-size needs less"):
         if arguments.image:
             _describe(generator, sampling, arguments, pictures)
         elif arguments.document:
-            _continue(generator, sampling, arguments, document, targets[0])
+            _continue(generator, sampling, arguments, document, targets[0], folder)
         else:
             _draw(generator, sampling, arguments, jobs, targets, folder)
-    except (ValueError, OSError) as error:
-        fail(error, 1)
 
 
 def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, jobs: list[tuple[Line, int]],
@@ -81,20 +79,18 @@ def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespac
         Order(Document((Text(line.prompt),)), seed, begin_image=True, size=line.size, max_text=0)
         for (line, _), seed in zip(jobs, seeds, strict=True)
     ]
-    made = generator(orders, sampling, arguments.batch_size, progress=sys.stderr.isatty())
-    pictures, records, version = [], [], commit()
-    for (line, _), seed, parts, target in zip(jobs, seeds, made, targets, strict=False):
-        image = parts[0]
-        assert isinstance(image, Image)
-        assert image.pixels is not None
-        record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width,
-                  "checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling),
-                  "commit": version}  # fmt: skip
-        save_png(image.pixels, target, ropeway=json.dumps(record))
-        pictures.append(image.pixels)
-        records.append({"file": target.name, **record})
-        print(target)
-    (arguments.out / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = generator.as_made(orders, sampling, arguments.batch_size, progress=sys.stderr.isatty())
+    pictures, settings = [], _settings(sampling, arguments, folder)
+    with (arguments.out / "prompts.jsonl").open("w") as records:
+        for (line, _), seed, parts, target in zip(jobs, seeds, made, targets, strict=False):
+            image = parts[0]
+            assert isinstance(image, Image)
+            assert image.pixels is not None
+            record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width, **settings}
+            save_png(image.pixels, target, ropeway=json.dumps(record))
+            pictures.append(image.pixels)
+            print(json.dumps({"file": target.name, **record}), file=records, flush=True)
+            print(target)
     if arguments.grid:
         save_grid(pictures, arguments.grid, arguments.out / "grid.png")
         print(arguments.out / "grid.png")
@@ -108,8 +104,13 @@ def _describe(generator: Generator, sampling: Sampling, arguments: argparse.Name
         print(f"{path}: {caption}" if len(captions) > 1 else caption)
 
 
+def _settings(sampling: Sampling, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """What every picture tells of how it was made."""
+    return {"checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling), "commit": commit()}
+
+
 def _continue(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, document: Document,
-              target: Path) -> None:  # fmt: skip
+              target: Path, folder: Path) -> None:  # fmt: skip
     order = Order(document, arguments.seed, size=arguments.size, max_images=arguments.num_images,
                   max_text=arguments.max_text)  # fmt: skip
     (parts,) = generator([order], sampling, progress=sys.stderr.isatty())
@@ -119,7 +120,9 @@ def _continue(generator: Generator, sampling: Sampling, arguments: argparse.Name
             segments.append({"text": part.text, "learn": part.learn})
         elif part.pixels is not None:
             name = _image_name(number)
-            save_png(part.pixels, arguments.out / name)
+            record = {"document": document.id, "seed": arguments.seed, **_settings(sampling, arguments, folder)}
+            made_here = number >= len(document.segments)
+            save_png(part.pixels, arguments.out / name, **({"ropeway": json.dumps(record)} if made_here else {}))
             segments.append({"image": name, "learn": part.learn})
     result = {"id": document.id, "source": "launch.generate", "segments": segments}
     target.write_text(json.dumps(result, ensure_ascii=False) + "\n")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import report
+from benchmarks import attention, quality, report
 from benchmarks.__main__ import main, names
-from benchmarks.generation import fastest
+from benchmarks.generation import fastest, verdict
 from benchmarks.peers import MODEL, cpu_seconds, series, summarise
 from benchmarks.systems import AutoregressiveSystem, RopewaySystem, System, TransfusionSystem, caption_of, count
 from data.source.digits import Digits
@@ -31,6 +31,21 @@ def test_unknown_name_is_one_line_and_exit_code_2(arguments: list[str], capsys: 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "peers" in error
+
+
+def test_attention_at_toy_lengths() -> None:
+    result = attention.run([32, 64], [32], 32, heads=2, width=8, codes=4, window=8, chunk_blocks=2, rounds=1, steps=2)
+    names = {(row["kind"], row["length"]) for row in result.rows}
+    assert names == {(kind, length) for kind in ("dense", "vq", "vq block") for length in (32, 64)}
+    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in result.rows)
+    assert result.figure
+
+
+@pytest.mark.slow
+def test_quality_of_a_few_steps(tmp_path: Path) -> None:
+    result = quality.run(str(tmp_path), shapes_steps=2, text_steps=2, num=2, codes=8, text_window=16)
+    assert {row["kind"] for row in result.rows} == {"dense", "vq", "hybrid"}
+    assert {"bits per byte", "one object, caption exact"} <= {row["score"] for row in result.rows}
 
 
 def test_result_files(tmp_path: Path) -> None:
@@ -132,5 +147,11 @@ def test_equal_quality_is_no_worse_and_fastest() -> None:
         row("Ropeway, 1 step", 16, 6.0),
     )
     first = row("Ropeway, first version", 100, 1.0)
-    assert fastest(peer, [peer, slow, fast, worse, first]) is fast
+    rows = [peer, slow, fast, worse, first]
+    assert fastest(peer, rows) is fast
+    assert "8.0 (peer). The goal of 5 is reached" in verdict(rows, ["peer"])
+    # As good as the peer's best but for a tenth, and twice as fast: ours with 2 steps is the fastest that is as good.
+    assert "4.0 (peer, 2 evaluations). The goal of 5 is missed" in verdict(
+        [*rows, row("peer, 2 evaluations", 2, 5.4)], ["peer"]
+    )
     assert fastest(first, [peer, slow, fast, worse, first]) is None

@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 
-from data.command import fail
+from data.command import fail, is_out_of_memory
 from train import settings
 from train.loop import Run, set_up, train
 from train.ranks import leave, lost_contact
@@ -19,12 +19,17 @@ def main() -> None:
         run = set_up(config)
         status = 1  # From here on a failure is one in the middle of work.
         train(run, dry_run)
-    except (ValueError, OSError, RuntimeError) as error:
-        lost = lost_contact(error) if isinstance(error, RuntimeError) else None
-        if (isinstance(error, RuntimeError) and not lost) or (status == 1 and "ROPEWAY_TRACEBACK" in os.environ):
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        known = isinstance(error, ValueError | OSError)
+        full, lost = is_out_of_memory(error), None if known else lost_contact(error)
+        if not (known or full or lost) or (status == 1 and "ROPEWAY_TRACEBACK" in os.environ):
             raise
         message: object = error
-        if lost:
+        if full:
+            status = 1
+            message = ("out of memory; more engine.micro_batches, fewer data.rows_per_step or "
+                       f"engine.activation_checkpointing need less ({error})")  # fmt: skip
+        elif lost:
             status = 1
             message = ("lost contact with another rank, whose own message says why; start the same command to go on "
                        f"from the newest checkpoint ({lost})")  # fmt: skip

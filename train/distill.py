@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.command import OneLineParser, fail
+from data.command import OneLineParser, fail, working
 from model.batch import Batch, to_pixels
 from model.config import HeadConfig
 from model.diffusion.field import Field
@@ -191,7 +191,7 @@ def main() -> None:
                 raise ValueError(f"--out {arguments.out} exists; choose a new folder")
     except (ValueError, OSError) as error:
         fail(error, 2)
-    try:
+    with working("a model with fewer data.rows_per_step needs less"):
         if arguments.kind == "solver":
             solver, losses = distill_solver(generator, config, arguments.steps, arguments.grid, arguments.updates,
                                             arguments.lr)  # fmt: skip
@@ -201,8 +201,6 @@ def main() -> None:
                 generator, config, arguments.updates, arguments.lr, arguments.decay, arguments.from_data
             )
             target = write_run(made, generator, arguments.out)
-    except (ValueError, OSError) as error:
-        fail(error, 1)
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
     print(f"loss {first:.5f} at first, {last:.5f} at last")
     print(target)

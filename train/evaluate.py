@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.command import OneLineParser, fail
+from data.command import OneLineParser, fail, working
 from data.document import Document, Image, Text
 from data.source import digits as digits_source
 from data.source import shapes_oracle
@@ -301,10 +301,8 @@ def main() -> None:
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
     except (ValueError, OSError) as error:
         fail(error, 2)
-    try:
+    with working("a smaller --num needs less"):
         result = evaluate(task, arguments.suite, folder)
-    except (ValueError, OSError) as error:
-        fail(error, 1)
     for name, value in result["scores"].items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 

@@ -1,6 +1,6 @@
 """From a trained model to pictures and text: the one path of training samples, evaluation, command line and demo."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +68,17 @@ class Generator:
 
         A sample depends on its order and the sampling alone, not on the others or the batch size.
         """
+        return list(self.as_made(orders, sampling, batch_size, progress))
+
+    def as_made(self, orders: Sequence[Order], sampling: Sampling, batch_size: int, progress: bool
+                ) -> Iterator[tuple[Segment, ...]]:  # fmt: skip
+        """The same, each batch as soon as it is made."""
         requests = [self._request(order) for order in orders]
-        results: list[tuple[Segment, ...]] = []
         device = self.model.token_embedding.weight.device
         for start in tqdm(range(0, len(requests), batch_size), disable=not progress, unit="batch"):
             with autocast(device, self.bf16):
                 made = generate(self.model, requests[start : start + batch_size], sampling, progress=progress)
-            results += [tuple(self._segment(part) for part in parts) for parts in made]
-        return results
+            yield from (tuple(self._segment(part) for part in parts) for parts in made)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patch rows and columns of a picture. Raises ValueError unless both sides are whole patches, within limits."""

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,16 +78,19 @@ def _truncate(path: Path, first_step: int) -> None:
     partial.replace(path)
 
 
+def check_tensorboard() -> None:
+    """Raises ValueError if TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise ValueError("log.tensorboard needs TensorBoard; install it with pip install -e '.[log]'")
+
+
 def _tensorboard(run: Path):  # type: ignore[no-untyped-def]
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker
 
     PartialState()
-    try:
-        tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=run)
-        tracker.start()
-    except ImportError:
-        raise ValueError("log.tensorboard needs TensorBoard; install it with pip install -e '.[log]'") from None
+    tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=run)
+    tracker.start()
     return tracker
 
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from train import checkpoint, estimate, pipeline, settings
 from train.config import Config
 from train.engine import Counts, Engine, fill_from, fit_codebooks, make_engine
 from train.generator import Generator, build_model, load_weights
-from train.log import Log, environment, logger
+from train.log import Log, check_tensorboard, environment, logger
 from train.meter import Meter, Spikes, codebook_values, coverage, line
 from train.optimizer import WeightAverage, learning_rate
 from train.precision import autocast
@@ -77,6 +78,8 @@ def set_up(config: Config) -> Run:
     """Check everything and build it, resuming a run found in run.dir. Raises ValueError or OSError for wrong input."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    if config.log.tensorboard:
+        check_tensorboard()
     ranks = Ranks(config)
     folder = Path(config.run.dir)
     if folder.is_file():
@@ -377,3 +380,5 @@ def _announce(run: Run, dry_run: bool) -> None:
                 "dry run" if dry_run else "training", run.step, run.config.run.steps, run.config.data.rows_per_step,
                 run.config.data.row_length, run.ranks.world, "bf16" if run.engine.bf16 else "fp32",
                 run.folder)  # fmt: skip
+    if run.ranks.device.type == "cuda" and "vq" in run.config.model.layer_kinds and find_spec("triton") is None:
+        logger.warning("warning: Triton is not installed; attention vq takes slower PyTorch operations")

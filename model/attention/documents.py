@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+BLOCK = 256
+"""Slots that the padding of a long document stays below; the window of `vq` by default."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -30,7 +33,8 @@ class Documents:
     def of(cls, document_BS: Tensor, multiple: int = 1) -> "Documents":
         """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
 
-        Groups collect lengths between two powers of two, so padding at most doubles the length of a document.
+        Groups collect lengths between two powers of two, so padding at most doubles the length of a document; of more
+        than 2 BLOCK slots, lengths of the same number of blocks, so it is less than a block.
         Their length L is rounded up to a multiple, for callers whose rounding must not depend on the other documents.
         """
         flat = document_BS.flatten()
@@ -43,9 +47,10 @@ class Documents:
         real = flat[bounds[:-1]] > 0
         start, length = bounds[:-1][real], (bounds[1:] - bounds[:-1])[real]
         groups = []
-        octave = torch.log2(length.double()).ceil().long()
-        for value in octave.unique():
-            chosen = octave == value
+        octave, blocks = torch.log2(length.double()).ceil().long(), -(-length // BLOCK)
+        size = torch.where(blocks > 2, -blocks, octave)
+        for value in size.unique():
+            chosen = size == value
             offset = torch.arange(-(-int(length[chosen].max()) // multiple) * multiple)
             valid_GL = offset < length[chosen, None]
             slot_GL = start[chosen, None] + torch.minimum(offset, length[chosen, None] - 1)

@@ -139,7 +139,8 @@ def _spread(x: Tensor, where: Place, like: Tensor) -> Tensor:
 
 
 def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    """Not in the dtype of q: bfloat16 would round the logarithms of large counts by a few per cent."""
+    return None if bias is None else bias.to(_wide(q)).expand(*q.shape[:3], k.shape[2])
 
 
 def _wide(x: Tensor) -> torch.dtype:

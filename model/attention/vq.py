@@ -54,6 +54,7 @@ class VQAttention(nn.Module):
         self.rope_base, self.rope_frequencies = rope_base, rope_frequencies
         self.codebook = Codebook(kv_heads, head_dim, config)
 
+    @torch.compiler.disable  # its loops over chunks would be a new graph of minutes for every set of documents
     def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation,
                 documents: Documents) -> tuple[Tensor, Quantised | None]:  # fmt: skip
         """Attend over whole rows; padding slots return zeros. Returns (B, S, H, E), and in training what the codebook

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_batch_size_does_not_change_pixels(tmp_path: Path, run: Path, drawn: Pat
              "--out", tmp_path / "out", "--batch-size", batch_size)  # fmt: skip
     for i in range(4):
         assert np.array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), pixels(drawn / f"{i:05d}.png")), i
+
+
+def test_what_was_drawn_before_a_failure_stays(tmp_path: Path, run: Path) -> None:
+    """A folder stands where the second picture should go."""
+    out = tmp_path / "out"
+    (out / "00001.png").mkdir(parents=True)
+    result = refused(run, "--prompt", PROMPT, "--num-images", 3, "--size", "16x24", "--batch-size", 1, "--out", out,
+                     "--overwrite")  # fmt: skip
+    assert result.out == f"{out / '00000.png'}\n"
+    assert_one_line(replace(result, out=""), 1, "00001.png")
+    assert (out / "00000.png").is_file()
+    assert len((out / "prompts.jsonl").read_text().splitlines()) == 1
 
 
 def test_other_seeds_weights_and_guidance_change_pixels(tmp_path: Path, run: Path, drawn: Path) -> None:
@@ -198,6 +211,8 @@ def test_a_document_is_continued(tmp_path: Path, run: Path, drawn: Path) -> None
     for segment in made:
         if isinstance(segment, Image):
             assert (segment.height, segment.width) == (16, 16)
+            number = result.segments.index(segment)
+            assert metadata(tmp_path / "out" / f"image-{number:03d}.png")["document"] == "mine"
         else:
             assert segment.text in said
     assert_one_line(refused(run, *arguments), 2, "document.jsonl exists")

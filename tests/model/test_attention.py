@@ -6,7 +6,7 @@ import torch
 
 from model.attention import KINDS
 from model.attention.dense import DenseAttention
-from model.attention.documents import Documents
+from model.attention.documents import BLOCK, Documents
 from model.rope import Rotation, frequencies, rotation
 from tests.model.support import make_kind, slow_attention, slow_vq
 
@@ -149,6 +149,14 @@ def test_groups_hold_every_slot_once_and_waste_at_most_half() -> None:
             assert (slot[valid].diff() == 1).all()
             assert len(set(document_BS.flatten()[slot].tolist())) == 1
     assert documents.squared_lengths == squared
+
+
+def test_long_documents_are_padded_by_less_than_a_block() -> None:
+    lengths = [3 * BLOCK + 1, 4 * BLOCK, 5 * BLOCK - 7, 5 * BLOCK, 9 * BLOCK - 1, 2 * BLOCK, BLOCK + 1]
+    documents = Documents.of(torch.repeat_interleave(torch.arange(1, 8), torch.tensor(lengths))[None])
+    padding = torch.cat([(~group.valid_GL).sum(1) for group in documents.groups])
+    assert len(documents.groups) == 4
+    assert padding.max() < BLOCK
 
 
 def test_equal_numbers_in_neighbouring_rows_are_two_documents() -> None:

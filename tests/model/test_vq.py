@@ -71,7 +71,9 @@ def reference(kind: VQAttention, q, k, v, positions, document) -> torch.Tensor:
 
 def errors(kind: VQAttention, seed: int, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
     """Largest errors of outputs and gradients."""
-    q, k, v, positions, document = case(seed, dtype=dtype)
+    slots = max(90, 8 * kind.window)
+    q, k, v, positions, document = case(seed, slots, dtype)
+    assert slots <= 90 or document[1].bincount()[1:].max() > 4 * kind.window  # some keys are only in the sums
     angles = exact_rotation(positions)
     if dtype != torch.float64:
         angles = Rotation(angles.cos.float(), angles.sin.float())
@@ -103,9 +105,10 @@ def test_codewords_behind_a_map(band) -> None:
         assert gradient <= 1e-9
 
 
-@pytest.mark.parametrize("window", [2, 8])
-def test_float32(window) -> None:
-    output, gradient = errors(make(torch.float32, window=window), 0, torch.float32)
+@pytest.mark.parametrize("band", ["strict", "block"])
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 16, 40])
+def test_float32(window, band) -> None:
+    output, gradient = errors(make(torch.float32, window=window, band=band), 0, torch.float32)
     assert output <= 1e-5
     assert gradient <= 1e-4
 
@@ -124,6 +127,28 @@ def test_chunks_equal_all_at_once(chunk, recompute, band) -> None:
         results.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_chunks_that_are_computed_again_keep_their_inputs_alone() -> None:
+    """Bytes kept for the backward pass, per slot and in tensors as large as the queries."""
+
+    def kept(slots: int, recompute: bool) -> float:
+        kind = make(torch.float32, window=8, chunk_blocks=4, recompute_chunks=recompute)
+        q, k, v = (torch.randn(1, slots, heads, WIDTH, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        found: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        angles = rotation(torch.rand(1, slots, 2), torch.ones(WIDTH // 2))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out, _ = kind(q, k, v, angles, Documents.of(torch.ones(1, slots, dtype=torch.long)))
+        assert out.requires_grad
+        return sum(found.values()) / q.nbytes
+
+    assert kept(512, True) < 0.4 * kept(512, False)
+    assert kept(2048, True) < 1.1 * kept(512, True)
 
 
 def influence(kind: torch.nn.Module, document: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -232,6 +257,20 @@ def test_the_order_of_codewords_does_not_matter() -> None:
                                rtol=0, atol=1e-12)  # fmt: skip
 
 
+def test_codewords_without_keys_weigh_nothing() -> None:
+    """Exactly: their own score is the highest of all."""
+    few, more = make(window=4), make(window=4, codes=CODES + 3)
+    for name in ("key_sum_KCE", "count_KC"):
+        getattr(more.codebook, name)[:, :CODES] = getattr(few.codebook, name)
+    q, k, v, positions, document = case(6)
+    q = q.abs()
+    more.codebook.key_sum_KCE[:, CODES:] = 1e3 * more.codebook.count_KC[:, CODES:, None]
+    angles, documents = exact_rotation(positions), Documents.of(document)
+    one, other = (kind(q, k, v, angles, documents)[0] for kind in (few, more))
+    assert one.isfinite().all()
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-15)
+
+
 def test_copies_of_a_key_and_value_are_one_entry_with_the_log_of_their_number() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 3, 4, dtype=torch.float64)
@@ -268,18 +307,31 @@ def test_merged_parts_equal_plain_softmax() -> None:
         torch.testing.assert_close(results[0][0][n], expected, rtol=0, atol=1e-13)
 
 
-def test_bf16_follows_float32() -> None:
+@pytest.mark.parametrize("band", ["strict", "block"])
+def test_bf16_follows_float32(band) -> None:
     q, k, v, positions, document = case(4)
     kind, angles, documents = (
-        make(torch.float32, window=8),
+        make(torch.float32, window=8, band=band),
         rotation(positions, torch.ones(WIDTH // 2)),
         Documents.of(document),
     )
-    inputs = [x.detach().bfloat16() for x in (q, k, v)]
-    low, _ = kind(*inputs, angles, documents)
-    high, _ = kind(*(x.float() for x in inputs), angles, documents)
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), high, rtol=0, atol=0.1)
+    weight = torch.randn(q.shape)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.detach().bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = kind(*inputs, angles, documents)
+        assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    for low, high in zip(*results, strict=True):
+        assert (low.float() - high).norm() < 0.02 * high.norm()
+
+
+def test_bf16_keeps_the_logs_of_large_counts() -> None:
+    counts = torch.tensor([4780.0, 5080.0])  # their logs are 8.5 in bfloat16
+    q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]
+    part = Part(*(x.bfloat16() for x in (q, k, v)), bias=counts.log()[None, None, None])
+    for function in (attend, attend_plainly):
+        torch.testing.assert_close(function([part], 1.0).float()[0, 0, 0], counts / counts.sum(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import pytest
 import torch
 import yaml
 
+from data.command import working
 from model.ropeway import Ropeway
-from tests.train.support import TIMEOUT, TINY, Result, assert_one_line, start
+from tests.train.support import TIMEOUT, TINY, Result, assert_one_line, metrics, start
 from train import settings
 from train.config import Config, DataSection, FilesSection, OptimSection, RunSection, TextSection
+from train.loop import set_up
 from train.pipeline import make_tokenizer, vocabulary_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +130,38 @@ def test_command_ends_with_one_line_and_status_2(tmp_path: Path, arguments: list
 def test_command_checks_what_it_builds(tmp_path: Path, arguments: list[str], words: str) -> None:
     assert_one_line(train(tmp_path, *arguments), 2, words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_into_memory(tmp_path: Path) -> None:
+    result = start(tmp_path, "train", *TINY, f"--run.dir={tmp_path / 'run'}", "--model.ffn_dim=100000000000").finish()
+    assert_one_line(result, 1, "out of memory")
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_runs_out_while_drawing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"), working("a smaller --batch-size needs less"):
+        torch.empty(10**15)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--batch-size" in error
+
+
+def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.log.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[log\]'"):
+        set_up(settings.parse([*TINY, f"--run.dir={tmp_path / 'run'}", "--log.tensorboard=true"])[0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = start(tmp_path, "train", *TINY, f"--run.dir={tmp_path / 'run'}", "--log.tensorboard=true").finish()
+    assert result.status == 0, result.err
+    events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent)).Reload()
+    found = {event.step: event.value for event in events.Scalars("loss/text")}
+    assert found == pytest.approx({line["step"]: line["loss/text"] for line in metrics(tmp_path / "run")}, abs=1e-5)
 
 
 def test_run_dir_that_is_a_file(tmp_path: Path) -> None:

@@ -24,11 +24,17 @@ BACKENDS = {
     "single": (1, EngineSection()),
     "single-2-micro-batches": (1, EngineSection(micro_batches=2)),
     "single-recompute": (1, EngineSection(activation_checkpointing=True)),
+    "single-compile": (1, EngineSection(compile=True, activation_checkpointing=True)),
     "ddp-2-micro-batches": (2, EngineSection(micro_batches=2)),
+    "ddp-recompute": (2, EngineSection(activation_checkpointing=True)),
     "zero-0": (2, EngineSection("deepspeed", 0)),
+    "zero-1": (2, EngineSection("deepspeed", 1)),
     "zero-2": (2, EngineSection("deepspeed", 2)),
+    "zero-2-2-micro-batches": (2, EngineSection("deepspeed", 2, micro_batches=2)),
     "zero-3": (2, EngineSection("deepspeed", 3)),
+    "zero-3-recompute": (2, EngineSection("deepspeed", 3, micro_batches=2, activation_checkpointing=True)),
 }
+_SLOW = ("single-compile", "ddp-recompute", "zero-1", "zero-2-2-micro-batches", "zero-3-recompute")
 
 
 def work(config: Config, out: str) -> None:
@@ -78,7 +84,10 @@ def single(tmp_path_factory: pytest.TempPathFactory, codebook: str) -> dict[str,
     return results(tmp_path_factory.mktemp("single"), "single", codebook)[0]
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "single"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in BACKENDS if name != "single"],
+)
 def test_all_backends_have_the_same_codebooks(tmp_path: Path, single: dict[str, torch.Tensor], codebook: str,
                                               backend: str) -> None:  # fmt: skip
     if BACKENDS[backend][1].backend == "deepspeed":
