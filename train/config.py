@@ -203,7 +203,7 @@ class EngineSection:
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """torch.compile each block (not with zero_stage 3)."""
+    """torch.compile each block but the attention of `vq` (not with zero_stage 3)."""
     timeout: int = 600
     """Seconds that ranks wait for each other before the job ends with an error."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
