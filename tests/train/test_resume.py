@@ -96,6 +96,22 @@ def test_two_halves_equal_the_whole(tmp_path: Path, straight: Path, workers: int
     assert_bit_equal(run, straight)
 
 
+def test_whole_images_are_trained_resumed_described_and_drawn(tmp_path: Path) -> None:
+    whole, halves, mode = tmp_path / "whole", tmp_path / "halves", "--model.image_mode=transfusion"
+    train(whole, mode)
+    train(halves, mode, "--run.stop_after=4")
+    train(halves, mode)
+    assert_bit_equal(whole, halves)
+    lines = metrics(whole)
+    assert lines[-1]["loss/image"] < lines[0]["loss/image"]
+    for options in (("--prompt", "a red circle", "--size", "16x24", "--steps", 2, "--out", tmp_path / "out"),
+                    ("--image", tmp_path / "out" / "00000.png", "--max-text", 5)):  # fmt: skip
+        result = start(tmp_path / "log", "launch.generate", "--checkpoint", whole, *options).finish()
+        assert result.status == 0, result.err
+    with Picture.open(tmp_path / "out" / "00000.png") as picture:
+        assert picture.size == (24, 16)
+
+
 def test_the_comparison_notices_another_seed(tmp_path: Path, straight: Path) -> None:
     """Negative control."""
     train(tmp_path / "run", "--run.seed=4")
