@@ -94,12 +94,13 @@ def run(
     if images % batch:
         raise ValueError(f"--images {images} is not a multiple of --batch {batch}")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"seconds": seconds, "documents": documents, "lr": lr, "batch": batch}
+    systems = _systems()
+    settings = {"seconds": seconds, "documents": documents, "lr": lr, "batch": batch,
+                "systems": [system.settings for system in systems]}  # fmt: skip
     _keep(folder / "settings.json", settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        systems = _systems()
         for system in systems:
             if system.name == _DISTILLED:
                 _distil(system, folder, seconds, documents, lr)
@@ -348,7 +349,7 @@ def verdict(rows: Sequence[Row], names: Sequence[str]) -> str:
         good = [row for row in ways if float(row["frechet_distance"] or 0) <= limit]
         way = max(good, key=lambda row: float(row["images_per_cpu_second"] or 0))
         ratios.append(ratio_to(way, rows))
-        said.append(f"{ratios[-1]:.1f} ({way['system']})")
+        said.append(f"{ratios[-1]:.1f} ({way['system']})" if ratios[-1] else f"none is as good as {way['system']}")
     reached = "reached" if min(ratios) >= _GOAL else "missed"
     return ("Of every peer the fastest way whose Frechet distance is within a tenth of its best; Ropeway, as good, is "
             f"faster by: {', '.join(said)}. The goal of {_GOAL} is {reached}.\n")  # fmt: skip
@@ -385,7 +386,7 @@ def _plot(rows: Sequence[Row]) -> Figure:
 def _keep(path: Path, settings: dict) -> None:
     """Settings of what the folder holds. Raises ValueError if it was begun with others."""
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{path.parent} was begun with {path.read_text()}; choose another --folder")
+        raise ValueError(f"{path.parent} was begun with other settings, {path.read_text()}; choose another --folder")
     path.write_text(json.dumps(settings))
 
 

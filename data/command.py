@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,32 +24,27 @@ def fail(message: object, status: int) -> NoReturn:
 
 
 @contextmanager
-def working(advice: str) -> Iterator[None]:
-    """End the process with one line and status 1 if what is inside fails for a reason outside of the program.
-
-    advice: what needs less memory.
-    """
+def working(status: int) -> Iterator[None]:
+    """End the process with one line if what is inside fails for a reason outside of the program. Memory that runs out,
+    and Ctrl-C, are status 1."""
     try:
         yield
     except KeyboardInterrupt:
-        fail("interrupted; what was written before stays", 1)
+        fail("interrupted", 1)
     except (ValueError, OSError) as error:
-        fail(error, 1)
+        fail(error, status)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not (line := out_of_memory(error)):
             raise
-        fail(f"out of memory; {advice} ({_first_sentence(error)})", 1)
+        fail(line, 1)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, a GPU or PyTorch's allocator on a CPU."""
-    return isinstance(error, MemoryError) or any(
-        text in str(error) for text in ("out of memory", "can't allocate memory")
-    )
-
-
-def _first_sentence(error: BaseException) -> str:
-    return str(error).partition(". ")[0].strip() or type(error).__name__
+def out_of_memory(error: BaseException) -> str | None:
+    """One line of an error that says that memory ran out: Python's, a GPU's, or of PyTorch's allocator on a CPU."""
+    if isinstance(error, MemoryError):
+        return f"out of memory {error}".strip()
+    said = re.search(r"(out of memory|can't allocate memory)[^.\n]*", str(error))
+    return f"out of memory: {said[0]}" if said else None
 
 
 def add_input(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:

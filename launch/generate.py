@@ -13,7 +13,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.command import OneLineParser, fail, working
+from tqdm import tqdm
+
+from data.command import OneLineParser, working
 from data.document import Document, Image, Text, from_json
 from data.image import load_image
 from model.diffusion.guidance import Guidance
@@ -38,7 +40,7 @@ class Line:
 def main() -> None:
     """Exit status 0: done; 2: wrong input, nothing was written; 1: something failed in the middle of work."""
     arguments = _parser().parse_args()
-    try:
+    with working(2):
         folder = checkpoint.resolve(arguments.checkpoint)
         generator = Generator.load(folder, arguments.weights, arguments.device)
         sampling = _sampling(arguments, folder)
@@ -61,9 +63,7 @@ def main() -> None:
             jobs = [(line, i) for line in lines for i in range(line.num_images)]
             names = [f"{i:05d}.png" for i in range(len(jobs))]
             targets = _targets(arguments, [*names, "prompts.jsonl", *(["grid.png"] if arguments.grid else [])])
-    except (ValueError, OSError) as error:
-        fail(error, 2)
-    with working("a smaller --batch-size needs less"):
+    with working(1):
         if arguments.image:
             _describe(generator, sampling, arguments, pictures)
         elif arguments.document:
@@ -81,16 +81,16 @@ def _draw(generator: Generator, sampling: Sampling, arguments: argparse.Namespac
     ]
     made = generator.as_made(orders, sampling, arguments.batch_size, progress=sys.stderr.isatty())
     pictures, settings = [], _settings(sampling, arguments, folder)
-    with (arguments.out / "prompts.jsonl").open("w") as records:
-        for (line, _), seed, parts, target in zip(jobs, seeds, made, targets, strict=False):
-            image = parts[0]
-            assert isinstance(image, Image)
-            assert image.pixels is not None
-            record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width, **settings}
-            save_png(image.pixels, target, ropeway=json.dumps(record))
-            pictures.append(image.pixels)
-            print(json.dumps({"file": target.name, **record}), file=records, flush=True)
-            print(target)
+    for parts, (line, _), seed, target in zip(made, jobs, seeds, targets, strict=False):
+        image = parts[0]
+        assert isinstance(image, Image)
+        assert image.pixels is not None
+        record = {"prompt": line.prompt, "seed": seed, "height": image.height, "width": image.width, **settings}
+        save_png(image.pixels, target, ropeway=json.dumps(record))
+        with (arguments.out / "prompts.jsonl").open("w" if target == targets[0] else "a") as records:
+            print(json.dumps({"file": target.name, **record}), file=records)
+        tqdm.write(str(target), file=sys.stdout)
+        pictures += [image.pixels] * bool(arguments.grid)
     if arguments.grid:
         save_grid(pictures, arguments.grid, arguments.out / "grid.png")
         print(arguments.out / "grid.png")
@@ -114,13 +114,13 @@ def _continue(generator: Generator, sampling: Sampling, arguments: argparse.Name
     order = Order(document, arguments.seed, size=arguments.size, max_images=arguments.num_images,
                   max_text=arguments.max_text)  # fmt: skip
     (parts,) = generator([order], sampling, progress=sys.stderr.isatty())
-    segments = []
+    segments, settings = [], _settings(sampling, arguments, folder)
     for number, part in enumerate((*document.segments, *parts)):
         if isinstance(part, Text):
             segments.append({"text": part.text, "learn": part.learn})
         elif part.pixels is not None:
             name = _image_name(number)
-            record = {"document": document.id, "seed": arguments.seed, **_settings(sampling, arguments, folder)}
+            record = {"document": document.id, "seed": arguments.seed, **settings}
             made_here = number >= len(document.segments)
             save_png(part.pixels, arguments.out / name, **({"ropeway": json.dumps(record)} if made_here else {}))
             segments.append({"image": name, "learn": part.learn})

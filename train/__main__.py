@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 
-from data.command import fail, is_out_of_memory
+from data.command import fail, out_of_memory
 from train import settings
 from train.loop import Run, set_up, train
 from train.ranks import leave, lost_contact
@@ -21,14 +21,14 @@ def main() -> None:
         train(run, dry_run)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         known = isinstance(error, ValueError | OSError)
-        full, lost = is_out_of_memory(error), None if known else lost_contact(error)
+        full, lost = (None, None) if known else (out_of_memory(error), lost_contact(error))
         if not (known or full or lost) or (status == 1 and "ROPEWAY_TRACEBACK" in os.environ):
             raise
         message: object = error
         if full:
             status = 1
-            message = ("out of memory; more engine.micro_batches, fewer data.rows_per_step or "
-                       f"engine.activation_checkpointing need less ({error})")  # fmt: skip
+            message = (f"{full}; a smaller model, more engine.micro_batches, fewer data.rows_per_step or "
+                       "engine.activation_checkpointing need less")  # fmt: skip
         elif lost:
             status = 1
             message = ("lost contact with another rank, whose own message says why; start the same command to go on "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.command import OneLineParser, fail, working
+from data.command import OneLineParser, working
 from model.batch import Batch, to_pixels
 from model.config import HeadConfig
 from model.diffusion.field import Field
@@ -176,7 +176,7 @@ def write_run(made: checkpoint.Checkpoint, generator: Generator, out: Path) -> P
 def main() -> None:
     """Exit status 0: done; 2: wrong input, nothing was written; 1: something failed in the middle of work."""
     arguments = _parser().parse_args()
-    try:
+    with working(2):
         for name in ("steps", "updates"):
             if getattr(arguments, name) < (2 if arguments.kind == "solver" and name == "steps" else 1):
                 raise ValueError(f"--{name} is {getattr(arguments, name)}; it is too small")
@@ -189,9 +189,7 @@ def main() -> None:
             config = consistency_config(config, arguments.steps)
             if arguments.out.exists():
                 raise ValueError(f"--out {arguments.out} exists; choose a new folder")
-    except (ValueError, OSError) as error:
-        fail(error, 2)
-    with working("a model with fewer data.rows_per_step needs less"):
+    with working(1):
         if arguments.kind == "solver":
             solver, losses = distill_solver(generator, config, arguments.steps, arguments.grid, arguments.updates,
                                             arguments.lr)  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.command import OneLineParser, fail, working
+from data.command import OneLineParser, working
 from data.document import Document, Image, Text
 from data.source import digits as digits_source
 from data.source import shapes_oracle
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results (default: eval/ in the run folder)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     arguments = parser.parse_args()
-    try:
+    with working(2):
         folder = checkpoint.resolve(arguments.checkpoint)
         config = checkpoint.read_config(folder)
         generator = Generator.load(folder, arguments.weights, arguments.device)
@@ -299,9 +299,7 @@ def main() -> None:
             raise ValueError("suite text needs a model that was trained with data.text")
         out = arguments.out or folder.parent.parent / "eval"
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
-    except (ValueError, OSError) as error:
-        fail(error, 2)
-    with working("a smaller --num needs less"):
+    with working(1):
         result = evaluate(task, arguments.suite, folder)
     for name, value in result["scores"].items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Slots that the padding of a long document stays below; the window of `vq` by default."""
+"""Slots that the padding of a long document stays below: the window of `vq` by default."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Documents:
         """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
 
         Groups collect lengths between two powers of two, so padding at most doubles the length of a document; of more
-        than 2 BLOCK slots, lengths of the same number of blocks, so it is less than a block.
+        than 2 BLOCK slots, lengths of the same number of blocks, so it is less than a block (`vq` fills whole windows).
         Their length L is rounded up to a multiple, for callers whose rounding must not depend on the other documents.
         """
         flat = document_BS.flatten()

@@ -183,8 +183,7 @@ class VQAttention(nn.Module):
         for start, *queries in zip(range(0, number, chunk), *(x.split(chunk) for x in blocks[:2]), strict=True):
             # The queries of a chunk see the block before it one by one; the one before that joins the sums.
             seen = [torch.cat(x[max(start - 2, 0) : start + chunk]) for x in singly] if number > chunk else blocks[2:]
-            queries, seen = ([x.transpose(2, 3) for x in tensors] for tensors in (queries, seen))  # heads before slots
-            given = (queries, seen, codewords_KCE, value_sum, count)
+            given = (codewords_KCE, value_sum, count, *(x.transpose(2, 3) for x in (*queries, *seen)))
             if self.config.recompute_chunks and torch.is_grad_enabled():
                 out, value_sum, count = checkpoint(self._chunk, *given, use_reentrant=False)
             else:
@@ -192,12 +191,10 @@ class VQAttention(nn.Module):
             outs.append(out.transpose(2, 3))
         return torch.cat(outs).transpose(0, 1).flatten(1, 2)[:, :longest]
 
-    def _chunk(self, queries: list[Tensor], blocks: list[Tensor], codewords: Tensor, value_sum: Tensor,
-               count: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _chunk(self, codewords: Tensor, value_sum: Tensor, count: Tensor, near_q: Tensor, far_q: Tensor, near_k: Tensor,
+               v: Tensor, word: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The queries (U, G, H, M, E) of the last of some blocks, given the sums over all blocks before these; returns
         what they see, of the same shape, and the sums over all but the last two blocks."""
-        near_q, far_q = queries
-        near_k, v, word, code = blocks
         lead, share = len(v) - len(near_q), near_q.shape[2] // near_k.shape[2]
         through = self.config.grad_through_cache
         cache = v if through else v.detach()
