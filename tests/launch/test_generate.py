@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ from PIL import Image as Picture
 
 from data.document import Image, Text, from_json
 from data.source.jsonl import Jsonl
+from launch.generate import main as command
 from tests.train.support import TIMEOUT, TINY, Result, assert_one_line, start
-from train import checkpoint
+from train import checkpoint, generator
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a small red circle at the top left"
@@ -102,16 +102,24 @@ def test_batch_size_does_not_change_pixels(tmp_path: Path, run: Path, drawn: Pat
         assert np.array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), pixels(drawn / f"{i:05d}.png")), i
 
 
-def test_what_was_drawn_before_a_failure_stays(tmp_path: Path, run: Path) -> None:
-    """A folder stands where the second picture should go."""
-    out = tmp_path / "out"
-    (out / "00001.png").mkdir(parents=True)
-    result = refused(run, "--prompt", PROMPT, "--num-images", 3, "--size", "16x24", "--batch-size", 1, "--out", out,
-                     "--overwrite")  # fmt: skip
-    assert result.out == f"{out / '00000.png'}\n"
-    assert_one_line(replace(result, out=""), 1, "00001.png")
-    assert (out / "00000.png").is_file()
-    assert len((out / "prompts.jsonl").read_text().splitlines()) == 1
+def test_what_was_drawn_before_a_failure_stays(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Memory runs out in the second batch."""
+    batches, real, out = iter((True, False)), generator.generate, tmp_path / "out"
+
+    def failing(*arguments: object, **options: object) -> object:
+        if next(batches):
+            return real(*arguments, **options)  # type: ignore[arg-type]
+        raise MemoryError
+
+    monkeypatch.setattr(generator, "generate", failing)
+    options = ("--prompt", PROMPT, "--num-images", 3, "--batch-size", 2, "--size", "16x24", "--out", out)
+    monkeypatch.setattr(sys, "argv", ["generate", "--checkpoint", str(run), *map(str, options)])
+    with pytest.raises(SystemExit, match="1"):
+        command()
+    assert capsys.readouterr() == (f"{out / '00000.png'}\n{out / '00001.png'}\n", "error: out of memory\n")
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png", "prompts.jsonl"]
+    assert len((out / "prompts.jsonl").read_text().splitlines()) == 2
 
 
 def test_other_seeds_weights_and_guidance_change_pixels(tmp_path: Path, run: Path, drawn: Path) -> None:
