@@ -38,8 +38,7 @@ def generate(
         while any(not writer.done for writer in writers):
             draws = [b for b, writer in enumerate(writers) if writer.phase == "patch"]
             begun = [b for b in draws if writers[b].written == 0]
-            for b in begun:
-                streams.begin_image(b, writers[b])
+            streams.begin_images(begun, writers)
             if begun and model.sequence_head:
                 paint(model, model.sequence_head, writers, begun, streams, sampling)
                 continue

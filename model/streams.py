@@ -46,8 +46,7 @@ class Streams:
         device = model.token_embedding.weight.device
         total = _rounded_up(max(lengths)) + self.capacity + 1
         self.token_RT, self.row_RT, self.col_RT, self.rows_RT, self.cols_RT = (
-            torch.stack([_padded(getattr(prompt, name), total) for prompt in prompts]).to(device)
-            for name in ("token", *_PLACE)
+            _padded([getattr(prompt, name) for prompt in prompts], total).to(device) for name in ("token", *_PLACE)
         )
         self.positions_RT2 = model.positions(self.grid(slice(None)))
         self.length_R = torch.tensor(lengths, device=device)
@@ -84,19 +83,22 @@ class Streams:
         index_XT = torch.arange(1, columns[0].shape[1] + 1, device=columns[0].device).expand_as(columns[0])
         return Grid(index_XT, *columns)
 
-    def begin_image(self, b: int, writer: Writer) -> None:
-        """Write down the slots of all patches of the image that sample b has announced."""
-        device, every = self.length_R.device, [first + b for first in self.firsts]
-        ordinal_N = torch.arange(writer.rows * writer.cols, device=device)
-        slot_XN = self.length_R[every].unsqueeze(1) + ordinal_N
-        row_X1 = torch.tensor(every, device=device).unsqueeze(1)
-        self.token_RT[row_X1, slot_XN] = self.model.vocabulary.patch
-        self.row_RT[row_X1, slot_XN] = ordinal_N // writer.cols + 1
-        self.col_RT[row_X1, slot_XN] = ordinal_N % writer.cols + 1
-        self.rows_RT[row_X1, slot_XN] = writer.rows
-        self.cols_RT[row_X1, slot_XN] = writer.cols
-        self.positions_RT2[every] = self.model.positions(self.grid(every))
-        self.noise[b] = writer.noise_NP().to(device)
+    def begin_images(self, samples: list[int], writers: Sequence[Writer]) -> None:
+        """Write down the slots of all patches of the images that these samples have announced."""
+        device = self.length_R.device
+        for rows, cols in {(writers[b].rows, writers[b].cols) for b in samples}:
+            alike = [b for b in samples if (writers[b].rows, writers[b].cols) == (rows, cols)]
+            every = [first + b for first in self.firsts for b in alike]
+            ordinal_N = torch.arange(rows * cols, device=device)
+            slot_XN = self.length_R[every].unsqueeze(1) + ordinal_N
+            row_X1 = torch.tensor(every, device=device).unsqueeze(1)
+            self.token_RT[row_X1, slot_XN] = self.model.vocabulary.patch
+            self.row_RT[row_X1, slot_XN] = ordinal_N // cols + 1
+            self.col_RT[row_X1, slot_XN] = ordinal_N % cols + 1
+            self.rows_RT[row_X1, slot_XN] = rows
+            self.cols_RT[row_X1, slot_XN] = cols
+            self.positions_RT2[every] = self.model.positions(self.grid(every))
+        self.noise |= {b: writers[b].noise_NP().to(device) for b in samples}
 
     def places(self, row_N: Tensor) -> Tensor:
         """row, col, rows, cols of the next slot of some rows, (N, 4)."""
@@ -145,8 +147,11 @@ def _rounded_up(rows: int) -> int:
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _padded(column: np.ndarray, length: int) -> Tensor:
-    return torch.from_numpy(np.pad(column.astype(np.int64), (0, length - len(column))))
+def _padded(columns: Sequence[np.ndarray], length: int) -> Tensor:
+    filled = np.zeros((len(columns), length), np.int64)
+    for row, column in zip(filled, columns, strict=True):
+        row[: len(column)] = column
+    return torch.from_numpy(filled)
 
 
 def _without_text(prompt: Prompt, first_special: int) -> Prompt:
