@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention.documents import Documents
+from model.attention.documents import BLOCK, Documents
 from model.positions import Grid
 
 
@@ -35,8 +35,10 @@ class Batch:
     documents: Documents
 
     @classmethod
-    def collate(cls, rows: Sequence[object], seeds: Sequence[int]) -> "Batch":
-        """Stack rows (objects with NumPy attributes token, document, index, row, col, rows, cols, learn, patches)."""
+    def collate(cls, rows: Sequence[object], seeds: Sequence[int], block: int = BLOCK) -> "Batch":
+        """Stack rows (objects with NumPy attributes token, document, index, row, col, rows, cols, learn, patches).
+
+        block: what the padding of a document stays below, as in `ModelConfig.block`."""
 
         def stacked(name: str) -> Tensor:
             column = np.stack([getattr(row, name) for row in rows])
@@ -44,7 +46,8 @@ class Batch:
 
         columns = {f"{name}_BS": stacked(name) for name in _COLUMNS}
         patches = torch.from_numpy(np.concatenate([row.patches for row in rows]))  # type: ignore[attr-defined]
-        return cls(**columns, patches_NP=patches, seed_B=tuple(seeds), documents=Documents.of(columns["document_BS"]))
+        documents = Documents.of(columns["document_BS"], block=block)
+        return cls(**columns, patches_NP=patches, seed_B=tuple(seeds), documents=documents)
 
     @property
     def grid(self) -> Grid:

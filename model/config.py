@@ -5,6 +5,7 @@ from typing import Literal
 
 from model.attention import KINDS
 from model.attention.codebook import VQConfig
+from model.attention.documents import BLOCK
 from model.positions import LAYOUTS
 
 
@@ -190,6 +191,11 @@ class ModelConfig:
     def layer_kinds(self) -> list[str]:
         """Kind of attention of every layer."""
         return [self.attention] * self.num_layers if isinstance(self.attention, str) else self.attention
+
+    @property
+    def block(self) -> int:
+        """Slots that the padding of a document stays below: `vq` computes whole windows."""
+        return min(BLOCK, self.vq.window)
 
     @property
     def kv_heads(self) -> int:

@@ -73,7 +73,7 @@ class Streams:
         pixels_NP = to_pixels(pad(patches_NP, (0, 0, 0, -len(patches_NP) % ROW_MULTIPLE)))
         x_RSD = model.embed(self.token_RT[:, slots], is_patch_RS, pixels_NP)
         angles = model.rotation(self.positions_RT2[:, slots])
-        documents = Documents.of(valid.long(), multiple=KEY_MULTIPLE).to(device)
+        documents = Documents.of(valid.long(), KEY_MULTIPLE, model.config.block).to(device)
         documents = model.attended(documents, self.grid(slice(None), slots))
         hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, self.token_RT.shape[1])
         self.hidden_RD = hidden[self.every_R, self.length_R - 1]

@@ -210,7 +210,10 @@ class StepRows(Dataset):
         rows, size = self.numbers(step), self.share // self.micro
         made = [self.mixture.row_and_replaced(row) for row in rows]
         seeds, columns = row_seeds(rows, self.seed), [columns for columns, _ in made]
-        batches = [Batch.collate(columns[i : i + size], seeds[i : i + size]) for i in range(0, self.share, size)]
+        batches = [
+            Batch.collate(columns[i : i + size], seeds[i : i + size], self.model.block)
+            for i in range(0, self.share, size)
+        ]
         return Step(batches, [reason for _, replaced in made for reason in replaced])
 
 

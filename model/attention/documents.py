@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Slots that the padding of a long document stays below: the window of `vq` by default."""
+"""Slots that the padding of a document stays below, or a window of `vq` where that is shorter."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Documents:
     """Number of the image of every flattened slot, 0 for text: given if patches shall see all of their image."""
 
     @classmethod
-    def of(cls, document_BS: Tensor, multiple: int = 1) -> "Documents":
+    def of(cls, document_BS: Tensor, multiple: int = 1, block: int = BLOCK) -> "Documents":
         """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
 
-        Groups collect lengths between two powers of two, so padding at most doubles the length of a document; of more
-        than 2 BLOCK slots, lengths of the same number of blocks, so it is less than a block (`vq` fills whole windows).
-        Their length L is rounded up to a multiple, for callers whose rounding must not depend on the other documents.
+        Groups collect lengths of the same number of blocks, up to one block lengths between two powers of two: padding
+        is shorter than a document and than a block. Their length L is rounded up to a multiple, for callers whose
+        rounding must not depend on the other documents.
         """
         flat = document_BS.flatten()
         row_length = document_BS.shape[1]
@@ -47,8 +47,8 @@ class Documents:
         real = flat[bounds[:-1]] > 0
         start, length = bounds[:-1][real], (bounds[1:] - bounds[:-1])[real]
         groups = []
-        octave, blocks = torch.log2(length.double()).ceil().long(), -(-length // BLOCK)
-        size = torch.where(blocks > 2, -blocks, octave)
+        octave, blocks = torch.log2(length.double()).ceil().long(), -(-length // block)
+        size = torch.where(blocks > 1, -blocks, octave)
         for value in size.unique():
             chosen = size == value
             offset = torch.arange(-(-int(length[chosen].max()) // multiple) * multiple)

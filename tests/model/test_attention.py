@@ -151,12 +151,18 @@ def test_groups_hold_every_slot_once_and_waste_at_most_half() -> None:
     assert documents.squared_lengths == squared
 
 
-def test_long_documents_are_padded_by_less_than_a_block() -> None:
-    lengths = [3 * BLOCK + 1, 4 * BLOCK, 5 * BLOCK - 7, 5 * BLOCK, 9 * BLOCK - 1, 2 * BLOCK, BLOCK + 1]
-    documents = Documents.of(torch.repeat_interleave(torch.arange(1, 8), torch.tensor(lengths))[None])
-    padding = torch.cat([(~group.valid_GL).sum(1) for group in documents.groups])
-    assert len(documents.groups) == 4
-    assert padding.max() < BLOCK
+@pytest.mark.parametrize("block", [1, 2, 5, 40, BLOCK])
+def test_documents_are_padded_by_less_than_a_block(block: int) -> None:
+    """Also where their group is rounded up to whole blocks, as `vq` does."""
+    lengths = [3 * block + 1, 4 * block, 5 * block - block // 3, 5 * block, 9 * block - block // 4, 2 * block,
+               block + 1, block, block // 2 + 1]  # fmt: skip
+    number = torch.arange(1, len(lengths) + 1)
+    documents = Documents.of(torch.repeat_interleave(number, torch.tensor(lengths))[None], block=block)
+    for group in documents.groups:
+        length_G, longest = group.valid_GL.sum(1), group.slot_GL.shape[1]
+        assert (longest - length_G < block).all()
+        if longest > block:
+            assert (-(-longest // block) == -(-length_G // block)).all()
 
 
 def test_equal_numbers_in_neighbouring_rows_are_two_documents() -> None:

@@ -67,6 +67,18 @@ def test_a_step_depends_on_its_number_alone() -> None:
     assert not torch.equal(first[0]["token_BS"], first[1]["token_BS"])
 
 
+def test_documents_are_padded_to_the_windows_of_the_model() -> None:
+    """No document is computed in more windows of `vq` than it fills; by groups for long windows, some would be."""
+
+    def surplus(window: int) -> int:  # windows of 11 slots
+        model = ["--model.attention=vq", f"--model.vq.window={window}", "--model.vq.codes=8", "--data.max_patches=6"]
+        groups = make(settings.parse([*TINY, *model, "--data.rows_per_step=8"])[0])[0].batches[0].documents.groups
+        return sum(int((-(-group.slot_GL.shape[1] // 11) + -group.valid_GL.sum(1) // 11).sum()) for group in groups)
+
+    assert surplus(11) == 0
+    assert surplus(64) > 0
+
+
 def test_other_seeds_give_other_rows_and_noise() -> None:
     other = replace(CONFIG, run=replace(CONFIG.run, seed=CONFIG.run.seed + 1))
     a, b = joined(make(CONFIG)[0]), joined(make(other)[0])
