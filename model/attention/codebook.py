@@ -11,7 +11,7 @@ The map is a parameter; its gradient comes from the distance to the keys alone.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,11 @@ class Codebook(nn.Module):
             quantised = _pass(k_BSKE, chosen_BSKE.detach().to(k_BSKE.dtype), self.config.gradient)
             told = None
             if self.training:
-                error_BSKE = (k_BSKE.to(chosen_BSKE.dtype) - chosen_BSKE) * real_BS[..., None, None]
-                squared = error_BSKE.square().sum()
+                error_BSKE = k_BSKE.to(chosen_BSKE.dtype) - chosen_BSKE
+                squared = (error_BSKE.square().sum((2, 3)) * real_BS).sum()
                 real_X = real_BS.flatten()
                 sums = _sums(key_XKE, code_XK, real_X, codewords_KCE.shape[1])
-                energy = (key_XKE * real_X[:, None, None]).square().sum()
+                energy = (key_XKE.square().sum((1, 2)) * real_X).sum()
                 told = Quantised(squared * k_BSKE.shape[-1] ** -0.5,
                                  torch.cat((sums.flatten(), squared.detach()[None], energy[None])))  # fmt: skip
         return quantised, code_XK.view(k_BSKE.shape[:-1]), codewords_KCE.detach(), told
@@ -214,11 +214,12 @@ def nearest(key_NKE: Tensor, codewords_KCE: Tensor) -> Tensor:
 
 def _sums(key_NKE: Tensor, code_NK: Tensor, real_N: Tensor, codes: int) -> Tensor:
     """Sum of the keys of every codeword and, last, their number, (K, C, E + 1)."""
-    number, heads, width = key_NKE.shape
+    heads, width = key_NKE.shape[1:]
     row_NK = code_NK + codes * torch.arange(heads, device=code_NK.device)
-    rows = torch.cat((key_NKE, key_NKE.new_ones(number, heads, 1)), dim=-1) * real_N[:, None, None]
-    sums = key_NKE.new_zeros(heads * codes, width + 1).index_add_(0, row_NK.flatten(), rows.flatten(0, 1))
-    return sums.view(heads, codes, width + 1)
+    row_X = row_NK.masked_fill(~real_N.unsqueeze(1), heads * codes).flatten()  # the last row is thrown away
+    sums = key_NKE.new_zeros(heads * codes + 1, width).index_add_(0, row_X, key_NKE.flatten(0, 1))
+    number = key_NKE.new_zeros(heads * codes + 1).index_add_(0, row_X, key_NKE.new_ones(1).expand(len(row_X)))
+    return torch.cat((sums, number.unsqueeze(1)), dim=1)[:-1].view(heads, codes, width + 1)
 
 
 def _pass(k: Tensor, codeword: Tensor, rule: str) -> Tensor:
@@ -231,7 +232,19 @@ def _pass(k: Tensor, codeword: Tensor, rule: str) -> Tensor:
         gap = codeword - k
         distance = _norm(gap)
         carrier = k + distance * (gap / distance.clamp(min=1e-12)).detach()
-    return codeword + (carrier - carrier.detach())
+    return _Through.apply(codeword, carrier)
+
+
+class _Through(torch.autograd.Function):
+    """The value of the first, with a gradient to the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
 
 
 def _rotated(k: Tensor, codeword: Tensor) -> Tensor:

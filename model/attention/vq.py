@@ -15,7 +15,7 @@ A document is computed in blocks of M slots. The queries of a block see
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,57 +133,48 @@ class VQAttention(nn.Module):
 
     def _attended(self, q_BSHE: Tensor, word_BSKE: Tensor, code_BSK: Tensor, codewords_KCE: Tensor, v_BSKE: Tensor,
                   angles: Rotation, documents: Documents) -> Tensor:  # fmt: skip
-        """word, code: the keys' codewords, with a gradient to the keys, and their numbers. Far away it is they that are
-        rotated and not the queries, since they need no gradient there."""
-        beyond = self._beyond(angles)
-        codewords_KCE = rotate(codewords_KCE, beyond).to(q_BSHE.dtype)
-        flat = [
-            x.flatten(0, 1)
-            for x in (
-                rotate(q_BSHE, angles),
-                q_BSHE,
-                rotate(word_BSKE, angles),
-                v_BSKE,
-                rotate(word_BSKE.detach(), beyond),
-                code_BSK,
-            )
-        ]
+        """word, code: the keys' codewords, with a gradient to the keys, and their numbers."""
+        flat = [x.flatten(0, 1) for x in (q_BSHE, word_BSKE, v_BSKE, code_BSK)]
+        turns = Rotation(*(x.expand(*q_BSHE.shape[:2], -1, -1).flatten(0, 1) for x in angles))
         out = torch.zeros_like(flat[0])
         for group in documents.groups:
             is_short = group.slot_GL.shape[1] <= self._ring  # then every slot sees all of its past in the window
             attended = (
-                self._short(group, flat[0], *flat[2:4]) if is_short else self._blocks(group, codewords_KCE, *flat)
+                self._short(group, turns, *flat[:3]) if is_short else self._blocks(group, codewords_KCE, turns, *flat)
             )
             out.index_copy_(0, group.slot_GL[group.valid_GL], attended[group.valid_GL])
         return out.view_as(q_BSHE)
 
-    def _short(self, group: Group, q_XHE: Tensor, k_XKE: Tensor, v_XKE: Tensor) -> Tensor:
+    def _short(self, group: Group, turns: Rotation, q_XHE: Tensor, k_XKE: Tensor, v_XKE: Tensor) -> Tensor:
         """Documents that fit into the window, (G, L, H, E)."""
-        q, k, v = (
-            x.index_select(0, group.slot_GL.flatten()).unflatten(0, group.slot_GL.shape).transpose(1, 2)
-            for x in (q_XHE, k_XKE, v_XKE)
+        q, k, v, *angles = (
+            x.index_select(0, group.slot_GL.flatten()).unflatten(0, group.slot_GL.shape)
+            for x in (q_XHE, k_XKE, v_XKE, *turns)
         )
+        q, k, v = (x.transpose(1, 2) for x in (rotate(q, Rotation(*angles)), rotate(k, Rotation(*angles)), v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True).transpose(
             1, 2
         )
 
-    def _blocks(self, group: Group, codewords_KCE: Tensor, *flat: Tensor) -> Tensor:
+    def _blocks(self, group: Group, codewords_KCE: Tensor, turns: Rotation, q_XHE: Tensor, word_XKE: Tensor,
+                v_XKE: Tensor, code_XK: Tensor) -> Tensor:  # fmt: skip
         """Longer documents, (G, L, H, E). Inside, U counts blocks and M slots of a block: (U, G, M, H, E)."""
         documents, longest = group.slot_GL.shape
-        number = -(-longest // self.window)
+        number, chunk = -(-longest // self.window), self.config.chunk_blocks
         last = torch.arange(number * self.window, device=group.slot_GL.device).clamp(max=longest - 1)
         slot_GL = group.slot_GL[:, last]  # padded with the last slot, which no real slot sees there
         slot_UGM = slot_GL.unflatten(1, (number, self.window)).transpose(0, 1).contiguous()
-        blocks = [x.index_select(0, slot_UGM.flatten()).unflatten(0, slot_UGM.shape) for x in flat]
-        value_sum, count = self._empty_sums(flat[3].expand(documents, *flat[3].shape))
+        asking = slot_UGM.split(chunk)
+        # The queries of a chunk see the block before it one by one; the one before that joins the sums.
+        seen = [slot_UGM[max(start - 2, 0) : start + chunk] for start in range(0, number, chunk)]
+        q, word, v = _Taken.apply(q_XHE, *asking), _Taken.apply(word_XKE, *seen), _Taken.apply(v_XKE, *seen)
+        value_sum, count = self._empty_sums(v_XKE.expand(documents, *v_XKE.shape))
+        beyond = self._beyond(turns)
+        codewords_KCE = rotate(codewords_KCE, beyond).to(q_XHE.dtype)
         outs: list[Tensor] = []
-        chunk = self.config.chunk_blocks
-        # One by one, since chunks share blocks: the gradient of a slice would be as large as what it is cut from.
-        singly = [x.split(1) for x in blocks[2:]]
-        for start, *queries in zip(range(0, number, chunk), *(x.split(chunk) for x in blocks[:2]), strict=True):
-            # The queries of a chunk see the block before it one by one; the one before that joins the sums.
-            seen = [torch.cat(x[max(start - 2, 0) : start + chunk]) for x in singly] if number > chunk else blocks[2:]
-            given = (codewords_KCE, value_sum, count, *(x.transpose(2, 3) for x in (*queries, *seen)))
+        for i, slots in enumerate(seen):
+            own = Rotation(*(x[slots] for x in turns))
+            given = (codewords_KCE, value_sum, count, beyond, own, q[i], word[i], v[i], code_XK[slots])
             if self.config.recompute_chunks and torch.is_grad_enabled():
                 out, value_sum, count = checkpoint(self._chunk, *given, use_reentrant=False)
             else:
@@ -191,11 +182,25 @@ class VQAttention(nn.Module):
             outs.append(out.transpose(2, 3))
         return torch.cat(outs).transpose(0, 1).flatten(1, 2)[:, :longest]
 
-    def _chunk(self, codewords: Tensor, value_sum: Tensor, count: Tensor, near_q: Tensor, far_q: Tensor, near_k: Tensor,
-               v: Tensor, word: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The queries (U, G, H, M, E) of the last of some blocks, given the sums over all blocks before these; returns
-        what they see, of the same shape, and the sums over all but the last two blocks."""
-        lead, share = len(v) - len(near_q), near_q.shape[2] // near_k.shape[2]
+    def _chunk(self, codewords: Tensor, value_sum: Tensor, count: Tensor, beyond: Rotation, angles: Rotation, q: Tensor,
+               word: Tensor, v: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The queries (U, G, M, H, E) of the last of some blocks, given the sums over all blocks before these; returns
+        what they see, (U, G, H, M, E), and the sums over all but the last two blocks. angles: of the keys.
+
+        Far away it is the codewords that are rotated and not the queries, since they need no gradient there.
+        """
+        lead, share = len(v) - len(q), q.shape[3] // v.shape[3]
+        near_q, far_q, near_k, word, v, code = (
+            x.transpose(2, 3)
+            for x in (
+                rotate(q, Rotation(*(x[lead:] for x in angles))),
+                q,
+                rotate(word, angles),
+                rotate(word.detach(), beyond),
+                v,
+                code,
+            )
+        )
         through = self.config.grad_through_cache
         cache = v if through else v.detach()
         strict, size = self.config.band == "strict", self.window
@@ -230,6 +235,24 @@ class VQAttention(nn.Module):
             parts.append(Part(far, sequences(codewords.expand_as(mean)), sequences(mean),
                               sequences(log_count).unsqueeze(2), first=(2 - lead) * documents))  # fmt: skip
         return attend(parts, self.scale).unflatten(0, (-1, documents)), value_sum, count
+
+
+class _Taken(torch.autograd.Function):
+    """x at several sets of indices, which may overlap. Their gradients are summed in one tensor like x; indexing itself
+    would make such a tensor for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*indices)
+        ctx.shape = x.shape
+        return tuple(x.index_select(0, index.flatten()).unflatten(0, index.shape) for index in indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for index, gradient in zip(ctx.saved_tensors, gradients, strict=True):
+            total.index_add_(0, index.flatten(), gradient.reshape(-1, *ctx.shape[1:]))
+        return total, *[None] * len(gradients)
 
 
 def _halves(size: int) -> Sequence[tuple[slice, slice, slice]]:
