@@ -214,10 +214,11 @@ def _findings(summary: list[Row]) -> str:
     """Where VQ begins to be faster, and how its cost per slot changes between the lengths that are to be compared."""
     said = []
     for name in _BANDS:
-        faster = [
-            int(row["length"] or 0) for row in summary if row["pass"] == _TRAIN and _ms(row, "dense") > _ms(row, name)
-        ]
-        said.append(f"{name} trains faster from {min(faster)} slots on." if faster else f"{name} was never faster.")
+        trained = [row for row in summary if row["pass"] == _TRAIN]
+        slower = [number for number, row in enumerate(trained) if _ms(row, "dense") <= _ms(row, name)]
+        faster = trained[slower[-1] + 1 if slower else 0 :]
+        said.append(f"{name} trains faster from {faster[0]['length']} slots on." if faster
+                    else f"{name} is not faster at {trained[-1]['length']} slots.")  # fmt: skip
         for what in _BASE:
             mine = [row for row in summary if row["pass"] == what]
             last, base = mine[-1], _base(what, [int(row["length"] or 0) for row in mine])

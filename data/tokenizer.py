@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 0: done; 2: the input or an option is wrong."""
     from data.adapters import KINDS, RawDocument, find_units, read
     from data.adapters.forms import load_columns
-    from data.command import OneLineParser, add_input, fail
+    from data.command import OneLineParser, add_input, working
     from data.document import Text
 
     parser = OneLineParser(prog="python -m data.tokenizer", description="Tokenizers of one's own.", allow_abbrev=False)
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_argument("--video", action="store_true", help="with the tokens that bracket the frames of a video")
     train.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
     arguments = parser.parse_args(argv)
-    try:
+    with working(2):
         if arguments.vocab_size < 256:
             raise ValueError(f"--vocab_size is {arguments.vocab_size}; it must be at least 256")
         columns = load_columns(arguments.columns) if arguments.columns else None
@@ -258,8 +258,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         partial = f"{arguments.out}.tmp"
         tokenizer.save(partial)
         os.replace(partial, arguments.out)
-    except (ValueError, OSError) as error:
-        fail(error, 2)
     print(f"{arguments.out}: {tokenizer.pad} text ids and {tokenizer.vocab_size - tokenizer.pad} special tokens")
 
 

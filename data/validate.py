@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data.adapters import KINDS, RawDocument, Unit, find_units, read
 from data.adapters.files import one_line
 from data.adapters.forms import Columns, load_columns
-from data.command import OneLineParser, fail
+from data.command import OneLineParser, working
 from data.document import Document, Image
 from data.encode import Encoder, drop_condition
 from data.shard import measure, sha256_of
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--decode", action="store_true", help="decode every image, not only its header")
     parser.add_argument("--show", type=int, default=20, help="problems to print at most (default: 20)")
     arguments = parser.parse_args(argv)
-    try:
+    with working(2):
         if len(arguments.path) == 1 and Path(arguments.path[0], "manifest.json").is_file():
             found = check_prepared(Path(arguments.path[0]), arguments.decode)
         else:
@@ -48,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 problems += 1
                 if problems <= arguments.show:
                     print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem))  # names are the data's
-    except (ValueError, OSError) as error:
-        fail(error, 2)
     print(f"{kept} documents, {problems} problems" + (f", {arguments.show} shown" if problems > arguments.show else ""))
     raise SystemExit(1 if problems else 0)
 

@@ -195,7 +195,7 @@ class ModelConfig:
     @property
     def block(self) -> int:
         """Slots that the padding of a document stays below: `vq` computes whole windows."""
-        return min(BLOCK, self.vq.window)
+        return self.vq.window if "vq" in self.layer_kinds else BLOCK
 
     @property
     def kv_heads(self) -> int:

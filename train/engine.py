@@ -94,7 +94,11 @@ class TorchEngine:
         self.shapes = {name: tensor.shape for name, tensor in self.model.tensors().items()}
         self.parallel: DistributedDataParallel | None = None
         if ranks.world > 1:
-            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(
+                self.model,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # codebooks: all ranks make the same step of them
+            )
         self.optimizer = adamw(self.model, self.optim)
 
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:

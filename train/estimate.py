@@ -331,7 +331,7 @@ def _quantised(model: ModelConfig, keeps: _Keeps) -> int:
 
 
 def _attended_vq(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:
-    """Of a group of documents in blocks: q and output, keys and values of every set of keys, and, for all blocks but
+    """Of a group of documents in blocks: q and output, angles, keys and values of every set, and, for all blocks but
     the last two, mean value and log count of the codewords. The Triton kernel has one tensor for all sets; PyTorch
     repeats the keys of grouped queries for each."""
     vq, number, strict = model.vq, keeps.product, model.vq.band == "strict"
@@ -345,24 +345,23 @@ def _attended_vq(model: ModelConfig, keeps: _Keeps, documents: int, longest: int
         lead = min(2, begin)
         own = min(vq.chunk_blocks, blocks - begin)
         held = lead + own
-        far, behind = max(0, held - 2), held - max(lead, 1)
+        far = max(0, held - 2)
         between = (strict and held > 1) or keeps.cuda
         kept += own * slots * (number * queries + 4 * model.num_heads)  # output, log of the softmax's sum
-        kept += held * slots * number * queries * (2 if between or far else 1)  # q, rotated in two ways
-        kept += 0 if keeps.cuda or not between else 2 * number * vq.window**2  # masks
-        heads = model.num_heads if repeats else model.kv_heads
-        if repeats:
-            kept += 2 * slots * number * queries * (own + behind * (2 if between else 1))
-        else:
-            kept += held * slots * number * keys * (3 if between else 2)
+        kept += own * slots * number * queries * (2 if between or far else 1)  # q, rotated or not
+        kept += held * slots * 4 * width  # cosines and sines
+        half = vq.window // 2
+        kept += 0 if keeps.cuda or not between else number * (vq.window**2 + half**2 + (vq.window - half) ** 2)  # masks
+        kept += held * slots * number * (queries if repeats else keys) * (3 if between else 2)
         if far:
+            heads = model.num_heads if repeats else model.kv_heads
             kept += documents * vq.codes * heads * far * (number * width * (2 if repeats else 1) + 4)
             kept += 0 if repeats else number * vq.codes * keys  # the codewords, else as many as mean values
         if vq.grad_through_cache:  # codes, their counts, and values in float32: a copy, where those kept are none
             kept += far * (8 * slots * model.kv_heads + 4 * documents * model.kv_heads * vq.codes)
             if number < 4:
                 kept += far * slots * 4 * keys
-            elif repeats:
+            elif far and (repeats or keeps.cuda):
                 kept += held * slots * 4 * keys
     return kept
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.command import OneLineParser, fail
+from data.command import OneLineParser, working
 from data.encode import Columns, Encoder
 from data.image import unpatchify
 from data.tokenizer import Tokenizer
@@ -105,10 +105,8 @@ def main() -> None:
     choice.add_argument("--document", type=int, help="instead of a row: a document, counted through all sources from 0")
     parser.add_argument("--out", type=Path, help="folder to write the pictures to, as the model sees them")
     chosen, others = parser.parse_known_args()
-    try:
+    with working(2):
         run(settings.parse(["--config", chosen.config, *others])[0], chosen.row, chosen.document, chosen.out)
-    except (ValueError, OSError) as error:
-        fail(error, 2)
 
 
 if __name__ == "__main__":

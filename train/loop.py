@@ -95,6 +95,8 @@ def set_up(config: Config) -> Run:
     if config.data.files or config.data.prepared:
         mixture.measure()  # A document that is broken or does not fit stops the run here, not later in a worker.
     rows = pipeline.StepRows(mixture, config, ranks.rank, ranks.world)
+    if found and ranks.rank == 0:  # There is no log yet; this goes to standard error.
+        logger.warning("resuming %s at step %d, after counting the documents before it", folder, found.step)
     rows.numbers(found.step if found else 0)  # Workers inherit what this counts.
     weights, where = (found.model, f"step {found.step} of {folder}") if found else (None, "")
     if not found and config.run.init_from:

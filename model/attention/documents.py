@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Slots that the padding of a document stays below, or a window of `vq` where that is shorter."""
+"""Slots that the padding of a document stays below by default; with `vq` it is the window."""
 
 
 @dataclass(frozen=True)

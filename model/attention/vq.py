@@ -169,12 +169,11 @@ class VQAttention(nn.Module):
         seen = [slot_UGM[max(start - 2, 0) : start + chunk] for start in range(0, number, chunk)]
         q, word, v = _Taken.apply(q_XHE, *asking), _Taken.apply(word_XKE, *seen), _Taken.apply(v_XKE, *seen)
         value_sum, count = self._empty_sums(v_XKE.expand(documents, *v_XKE.shape))
-        beyond = self._beyond(turns)
-        codewords_KCE = rotate(codewords_KCE, beyond).to(q_XHE.dtype)
         outs: list[Tensor] = []
         for i, slots in enumerate(seen):
-            own = Rotation(*(x[slots] for x in turns))
-            given = (codewords_KCE, value_sum, count, beyond, own, q[i], word[i], v[i], code_XK[slots])
+            cos, sin = (x[slots] for x in turns)
+            # Tensors one by one: only these does a checkpoint around the layer drop and make again.
+            given = (codewords_KCE, value_sum, count, cos, sin, q[i], word[i], v[i], code_XK[slots])
             if self.config.recompute_chunks and torch.is_grad_enabled():
                 out, value_sum, count = checkpoint(self._chunk, *given, use_reentrant=False)
             else:
@@ -182,14 +181,17 @@ class VQAttention(nn.Module):
             outs.append(out.transpose(2, 3))
         return torch.cat(outs).transpose(0, 1).flatten(1, 2)[:, :longest]
 
-    def _chunk(self, codewords: Tensor, value_sum: Tensor, count: Tensor, beyond: Rotation, angles: Rotation, q: Tensor,
+    def _chunk(self, codewords: Tensor, value_sum: Tensor, count: Tensor, cos: Tensor, sin: Tensor, q: Tensor,
                word: Tensor, v: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The queries (U, G, M, H, E) of the last of some blocks, given the sums over all blocks before these; returns
-        what they see, (U, G, H, M, E), and the sums over all but the last two blocks. angles: of the keys.
+        what they see, (U, G, H, M, E), and the sums over all but the last two blocks. cos, sin: of the keys' angles.
 
         Far away it is the codewords that are rotated and not the queries, since they need no gradient there.
         """
         lead, share = len(v) - len(q), q.shape[3] // v.shape[3]
+        angles = Rotation(cos, sin)
+        beyond = self._beyond(angles)
+        codewords = rotate(codewords, beyond).to(q.dtype)
         near_q, far_q, near_k, word, v, code = (
             x.transpose(2, 3)
             for x in (

@@ -77,7 +77,7 @@ def test_metrics_of_uniform_and_of_constant_codes() -> None:
     assert book.measured["vq/perplexity"] == pytest.approx(1)
 
 
-def test_fitting_finds_separate_clusters() -> None:
+def test_fitting_moves_codewords_to_the_keys() -> None:
     torch.manual_seed(0)
     centres = torch.tensor([[5.0, 0], [-5, 0], [0, 5], [0, -5]])
     keys = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
@@ -85,7 +85,8 @@ def test_fitting_finds_separate_clusters() -> None:
     book.fitting = True
     word, _, _ = told(book, keys)
     assert float((word[0, :, 0] - keys).norm(dim=1).max()) < 6  # every key has a codeword of a cluster
-    assert float((keys - word[0, :, 0]).square().sum() / keys.square().sum()) < 0.35
+    # A quarter if two clusters share a codeword, which k-means allows.
+    assert float((keys - word[0, :, 0]).square().sum() / keys.square().sum()) < 0.26
     assert float(book.count_KC.sum()) >= 200
     few = make([[0.0, 0.0]] * 8, torch.float32)
     few.fitting = True

@@ -17,9 +17,9 @@ from tests.model.support import slow_vq
 HEADS, KV_HEADS, WIDTH, CODES = 4, 2, 8, 6
 
 
-def make(dtype: torch.dtype = torch.float64, **changes: object) -> VQAttention:
+def make(dtype: torch.dtype = torch.float64, kv_heads: int = KV_HEADS, **changes: object) -> VQAttention:
     torch.manual_seed(7)
-    kind = VQAttention(WIDTH, KV_HEADS, 1e4, "alternate", VQConfig(**({"codes": CODES} | changes))).to(dtype)
+    kind = VQAttention(WIDTH, kv_heads, 1e4, "alternate", VQConfig(**({"codes": CODES} | changes))).to(dtype)
     kind.codebook.initialise()
     if kind.codebook.map_KEE is not None:
         with torch.no_grad():
@@ -50,12 +50,12 @@ def exact_rotation(positions_BS2: torch.Tensor) -> Rotation:
     return Rotation(angle.cos(), angle.sin())
 
 
-def case(seed: int, slots: int = 90, dtype: torch.dtype = torch.float64) -> tuple:
+def case(seed: int, slots: int = 90, dtype: torch.dtype = torch.float64, kv_heads: int = KV_HEADS) -> tuple:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     document, positions = (torch.stack(x) for x in zip(*(mixed_row(rng, slots) for _ in range(2)), strict=True))
     document[1] = (document[1] > 0) * (1 + (document[1] > 3))  # the second row holds long documents
-    heads = (HEADS, KV_HEADS, KV_HEADS)
+    heads = (HEADS, kv_heads, kv_heads)
     q, k, v = (torch.randn(2, slots, h, WIDTH, dtype=dtype, requires_grad=True) for h in heads)
     return q, k, v, positions, document
 
@@ -72,7 +72,7 @@ def reference(kind: VQAttention, q, k, v, positions, document) -> torch.Tensor:
 def errors(kind: VQAttention, seed: int, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
     """Largest errors of outputs and gradients."""
     slots = max(90, 8 * kind.window)
-    q, k, v, positions, document = case(seed, slots, dtype)
+    q, k, v, positions, document = case(seed, slots, dtype, len(kind.codebook.count_KC))
     assert slots <= 90 or document[1].bincount()[1:].max() > 4 * kind.window  # some keys are only in the sums
     angles = exact_rotation(positions)
     if dtype != torch.float64:
@@ -95,6 +95,14 @@ def test_outputs_and_gradients_equal_the_dense_reference(window, band) -> None:
             output, gradient = errors(kind, seed)
             assert output <= 1e-12
             assert gradient <= 1e-9
+
+
+@pytest.mark.parametrize("band", ["strict", "block"])
+@pytest.mark.parametrize("kv_heads", [1, HEADS])
+def test_one_key_head_for_all_and_one_for_each(kv_heads, band) -> None:
+    output, gradient = errors(make(kv_heads=kv_heads, window=5, band=band), 0)
+    assert output <= 1e-12
+    assert gradient <= 1e-9
 
 
 @pytest.mark.parametrize("band", ["strict", "block"])
@@ -244,6 +252,27 @@ def test_every_key_its_own_codeword_is_softmax_attention_inside_the_window() -> 
     parts = (x.transpose(1, 2) for x in (rotate(q, angles), rotate(k, angles), v))
     expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("band", ["strict", "block"])
+def test_beyond_the_window_the_order_of_keys_does_not_matter(band) -> None:
+    """With a window of one slot and every key its own codeword: of the last query, all but the nearest keys."""
+    slots, near = 12, 2
+    kind = make(codes=slots, window=1, band=band)
+    torch.manual_seed(0)
+    q = torch.randn(1, slots, HEADS, WIDTH, dtype=torch.float64)
+    k, v = torch.randn(2, 1, slots, KV_HEADS, WIDTH, dtype=torch.float64)
+    kind.codebook.key_sum_KCE.copy_(k[0].transpose(0, 1))
+    angles = exact_rotation(torch.rand(1, slots, 2) * 9)
+    documents = Documents.of(torch.ones(1, slots, dtype=torch.long))
+
+    def last(order: list[int]) -> torch.Tensor:
+        return kind(q, k[:, order], v[:, order], angles, documents)[0][0, -1]
+
+    straight = list(range(slots))
+    far = [*straight[-near - 1 :: -1], *straight[-near:]]
+    torch.testing.assert_close(last(far), last(straight), rtol=0, atol=1e-12)
+    assert float((last(straight[::-1]) - last(straight)).abs().max()) > 1e-3
 
 
 def test_the_order_of_codewords_does_not_matter() -> None:

@@ -61,10 +61,11 @@ def work(config: Config, out: str) -> None:
     ranks.close()
 
 
-def results(folder: Path, backend: str, codebook: str) -> list[dict[str, torch.Tensor]]:
+def results(folder: Path, backend: str, codebook: str, precision: str = "fp32") -> list[dict[str, torch.Tensor]]:
     world, engine = BACKENDS[backend]
-    model = replace(CONFIG.model, attention="vq", vq=VQConfig(codes=8, window=16, codebook=codebook))
-    config = replace(CONFIG, engine=engine, model=model)
+    chunks = {"chunk_blocks": 1, "recompute_chunks": True} if "recompute" in backend else {}
+    model = replace(CONFIG.model, attention="vq", vq=VQConfig(codes=8, window=16, codebook=codebook, **chunks))
+    config = replace(CONFIG, engine=engine, model=model, run=replace(CONFIG.run, precision=precision))
     environments = ranks_of(world) if world > 1 else [{}]
     started = [start_function(folder / str(rank), work, (config, str(folder / "out")), environment)
                for rank, environment in enumerate(environments)]  # fmt: skip
@@ -99,6 +100,13 @@ def test_all_backends_have_the_same_codebooks(tmp_path: Path, single: dict[str, 
     assert distance(found[0], single) < 1e-5
     for name in (name for name in single if name.startswith("weights.") and name.endswith(("key_sum_KCE", "count_KC"))):
         assert torch.equal(found[0][name], found[0][name.replace("weights", str(STEPS - 1))])
+
+
+def test_bf16_rounds_keys_but_not_codebooks(tmp_path: Path, single: dict[str, torch.Tensor], codebook: str) -> None:
+    (found,) = results(tmp_path, "single", codebook, precision="bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    books = [name for name in single if name.endswith(("key_sum_KCE", "count_KC"))]
+    assert 1e-5 < distance(found, {name: single[name] for name in books}) < 0.01
 
 
 def test_codebooks_move_unless_the_step_is_skipped(single: dict[str, torch.Tensor], codebook: str) -> None:
