@@ -36,6 +36,7 @@ from model.config import HeadConfig, ModelConfig
 from model.sampling import Sampling
 from train.distill import ConsistencyLesson
 from train.evaluate import frechet_distance, seam_energy
+from train.ranks import keep_freed_memory
 
 MODEL = ModelConfig(dim=128, num_layers=4, num_heads=4, patch_size=2, head=HeadConfig(width=192, depth=3))
 FIRST_VERSION = "84e9aab"
@@ -100,6 +101,7 @@ def run(
     _keep(folder / "settings.json", settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for all systems, as `launch.generate` does
     try:
         for system in systems:
             if system.name == _DISTILLED:

@@ -158,6 +158,7 @@ def work(cell: Cell) -> None:
         print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}: training", file=sys.stderr)
         learn(cell)
     began = time.perf_counter()
+    refuse_other_settings(cell)
     cell.scores.parent.mkdir(exist_ok=True)
     generator = Generator.load(cell.run)
     if cell.sampling.sampler == LEARNED:
@@ -174,6 +175,13 @@ def work(cell: Cell) -> None:
     right, seconds = 100 * scores[ACCURACY[cell.data]], time.perf_counter() - began
     print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}, {label(cell.sampling)}: {right:.1f} % "
           f"({seconds:.0f} s)", file=sys.stderr)  # fmt: skip
+
+
+def refuse_other_settings(cell: Cell) -> None:
+    """Raises ValueError if the trained model of a cell is of another configuration than today's rows have."""
+    config = checkpoint.read_config(checkpoint.resolve(cell.run))
+    if (replace(config, run=cell.config.run), config.run.seed) != (cell.config, cell.config.run.seed):
+        raise ValueError(f"{cell.run} was trained with other settings than its row has now; choose another --folder")
 
 
 def learn(cell: Cell) -> None:
@@ -303,7 +311,7 @@ def measurement(cell: Cell) -> Row:
         "cpu_seconds_per_picture": score("CPU seconds per picture"),
         "pictures": cell.pictures,
         "accuracy_percent": 100 * scores[ACCURACY[cell.data]],
-        "frechet_distance": score("frechet distance to the test split"),
+        "frechet_distance": score(f"frechet distance to {'held-out pictures' if prefix else 'the test split'}"),
         "seam_energy_over_real": seam / real_seam if seam and real_seam else None,
         "saturated_percent": _percent(score("saturated")),
         "saturated_percent_real": _percent(score(f"saturated, {real}")),
@@ -388,7 +396,8 @@ place of the caption in the picture; {rows[0]["pictures"]} pictures per cell and
 pixels to the test split; look at both, since blurred digits, means over what a patch could be, are recognised best.
 Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures.
 Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
-Evaluations of the head count both streams where guidance acts. Ranges are over seeds.
+Evaluations of the head count both streams where guidance acts. Ranges are over seeds. A distilled head has learned for
+as many updates more as the default, whose TFLOP its column does not show.
 """
     )
 

@@ -181,6 +181,21 @@ class AutoregressiveSystem:
         return to_bytes(images.permute(0, 2, 3, 1) * 2 - 1).numpy()
 
 
+class _Placed(nn.Module):
+    """Patches (..., rows, columns, values) to the Transformer's width, with an embedding of their place.
+
+    In place of the package's `add_pos_emb`: its 0.20.0 adds that in training, but not where it draws a batch, and then
+    draws the same speckle in every patch."""
+
+    def __init__(self, values: int, dim: int, grid: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(values, dim)
+        self.place = nn.Parameter(torch.randn(grid, grid, dim))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.project(patches) + self.place
+
+
 class TransfusionSystem:
     """transfusion-pytorch: causal text, and whole pictures by flow matching through the same Transformer."""
 
@@ -202,7 +217,10 @@ class TransfusionSystem:
                 num_text_tokens=256,
                 dim_latent=3 * patch_size**2,
                 modality_default_shape=(self.grid, self.grid),
-                add_pos_emb=True,
+                pre_post_transformer_enc_dec=(
+                    _Placed(3 * patch_size**2, dim, self.grid),
+                    nn.Linear(dim, 3 * patch_size**2, bias=False),
+                ),
                 prob_uncond=0.1,  # its default, and what its guidance needs
                 transformer={"dim": dim, "depth": _PEER_DEPTH, "dim_head": _PEER_HEAD_WIDTH, "heads": _heads(dim)},
             ),

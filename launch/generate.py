@@ -22,7 +22,7 @@ from model.diffusion.guidance import Guidance
 from model.diffusion.sampler import GRIDS, LEARNED, SAMPLERS
 from model.sampling import Sampling, sampler_of
 from train import checkpoint
-from train.generator import Generator, Order
+from train.generator import Generator, Order, sampling_of
 from train.log import commit
 from train.samples import save_grid, save_png
 
@@ -203,9 +203,9 @@ def _targets(arguments: argparse.Namespace, names: list[str]) -> list[Path]:
 
 def _sampling(arguments: argparse.Namespace, folder: Path) -> Sampling:
     """Settings of the command line; where it is silent, those of the run's own samples."""
-    config = checkpoint.read_config(folder).eval
+    usual = sampling_of(checkpoint.read_config(folder))
     low, high = arguments.guidance_interval
-    scale = config.guidance if arguments.guidance is None else arguments.guidance
+    scale = usual.guidance.scale if arguments.guidance is None else arguments.guidance
     return Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -213,8 +213,8 @@ def _sampling(arguments: argparse.Namespace, folder: Path) -> Sampling:
         guidance=Guidance(
             scale, arguments.guidance_schedule, low, high, arguments.guidance_image, arguments.guidance_renormalise
         ),
-        sampler=arguments.sampler,
-        steps=config.sampler_steps if arguments.steps is None else arguments.steps,
+        sampler=arguments.sampler or usual.sampler,
+        steps=usual.steps if arguments.steps is None else arguments.steps,
         grid=arguments.time_grid,
         time_shift=arguments.time_shift,
         noise_temperature=arguments.noise_temperature,
@@ -259,7 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-image", type=float, default=1.0,
         help="guidance scale of the images in the prompt, 1 is off (default: 1)")  # fmt: skip
     add("--guidance-renormalise", action="store_true", help="guided velocities are no longer than conditional ones")
-    add("--sampler", default="euler", choices=[*SAMPLERS, LEARNED], help="sampler of a patch (default: euler)")
+    add("--sampler", choices=[*SAMPLERS, LEARNED],
+        help="sampler of a patch (default: consistency for a head with that objective, else euler)")  # fmt: skip
     add("--steps", type=int, help="sampler steps per patch (default: the run's eval.sampler_steps)")
     add("--time-grid", default="uniform", choices=GRIDS, help="where the steps lie in time (default: uniform)")
     add("--time-shift", type=float, default=1.0,

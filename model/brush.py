@@ -21,7 +21,8 @@ from model.writer import Writer
 
 
 class Brush:
-    """Draws the next patch of a set of samples, again and again without a word between host and device."""
+    """Draws the next patch of a set of samples, again and again. Nothing goes between host and device meanwhile but the
+    noise that some samplers add, at every evaluation."""
 
     def __init__(self, model: Ropeway, writers: list[Writer], draws: list[int], streams: Streams,
                  sampling: Sampling) -> None:  # fmt: skip

@@ -18,6 +18,13 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 output it returns what the pass wants of the layer, which comes out of the block unchanged."""
 
 
+class HeadNorm(nn.RMSNorm):
+    """Of queries or keys. It computes in the precision of its weight, float32 under autocast, and keeps the dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Projections, optional query/key norm, and a kind of attention."""
 
@@ -28,16 +35,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, config.kv_heads * width, bias=False)
         self.v_proj = nn.Linear(config.dim, config.kv_heads * width, bias=False)
         self.o_proj = nn.Linear(config.num_heads * width, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.kind = KINDS[kind](config)
 
     def forward(self, x_BSD: Tensor, attend: Attend) -> tuple[Tensor, Any]:
         q, k, v = (
             linear(x_BSD).unflatten(-1, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        out, extra = attend(self.kind, q, k, v)
+        out, extra = attend(self.kind, self.q_norm(q), self.k_norm(k), v)
         return self.o_proj(out.flatten(2)), extra
 
 

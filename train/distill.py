@@ -109,7 +109,7 @@ def consistency_config(config: Config, steps: int) -> Config:
     if old.objective != "matching":
         raise ValueError(f"the checkpoint has model.head.objective {old.objective}; it must be matching")
     head = replace(old, objective="consistency", loss="x", time_law="uniform", consistency_steps=steps)
-    return replace(config, model=replace(config.model, head=head))
+    return replace(config, model=replace(config.model, head=head), eval=replace(config.eval, sampler_steps=2))
 
 
 class ConsistencyLesson:

@@ -10,11 +10,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image as Picture
 
 from data.command import OneLineParser, working
 from data.document import Document, Image, Text
@@ -29,7 +30,7 @@ from model.sampling import Sampling, sampler_of
 from model.text_head import bits_per_byte
 from train import checkpoint
 from train.config import Config, ShapesSection
-from train.generator import Generator
+from train.generator import Generator, sampling_of
 from train.log import environment
 from train.samples import image_then_text, save_grid
 
@@ -68,12 +69,13 @@ def shapes(task: Task) -> Scores:
 
 
 def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list[str] | None, name: str) -> Scores:
-    # Another seed than the training pictures have.
-    source = Shapes(section.seed + 1, "test", task.num, section.canvases, max_objects, caption_fraction=1.0)
-    documents = [source.document(i) for i in range(task.num)]
-    pairs = [pair for pair in map(image_then_text, documents) if pair]
-    real = [image.pixels for image, _ in pairs if image.pixels is not None]
-    expected = [text.text for _, text in pairs]
+
+    def held_out(seed: int) -> tuple[list[np.ndarray], list[str]]:
+        source = Shapes(seed, "test", task.num, section.canvases, max_objects, caption_fraction=1.0)
+        pairs = [pair for pair in map(image_then_text, map(source.document, range(task.num))) if pair]
+        return [image.pixels for image, _ in pairs if image.pixels is not None], [text.text for _, text in pairs]
+
+    real, expected = held_out(section.seed + 1)  # another seed than the training pictures have
     prompts = (captions or expected)[: task.num]
     sizes = [section.canvases[i % len(section.canvases)] for i in range(len(prompts))]
     drawn, seconds = task.draw(prompts, sizes)
@@ -83,6 +85,10 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
     scores = {
         f"{name}, pictures drawn": len(prompts),
         **{f"{name}, drawn, {key}": _mean([score[key] for score in found if key in score]) for key in sorted(keys)},
+        f"{name}, frechet distance to held-out pictures": frechet_distance(_small(drawn), _small(real)),
+        f"{name}, the same of other held-out pictures": frechet_distance(
+            _small(held_out(section.seed + 2)[0]), _small(real)
+        ),
         f"{name}, seam energy": seam_energy(drawn, patch),
         f"{name}, seam energy, held-out pictures": seam_energy(real, patch),
         f"{name}, saturated": saturated(drawn),
@@ -177,7 +183,10 @@ _DEFAULT_NUM = {"shapes": 540, "digits": 1000, "text": 500}
 
 
 def frechet_distance(a_NP: np.ndarray, b_NP: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of vectors (the formula of FID, arXiv 1706.08500)."""
+    """Frechet distance of the Gaussians fitted to two sets of vectors (the formula of FID, arXiv 1706.08500). NaN where
+    a set has one vector only."""
+    if min(len(a_NP), len(b_NP)) < 2:
+        return float("nan")
     mean_a, mean_b = a_NP.mean(0), b_NP.mean(0)
     cov_a, cov_b = np.cov(a_NP, rowvar=False), np.cov(b_NP, rowvar=False)
 
@@ -215,7 +224,8 @@ def saturated(pictures: Sequence[np.ndarray] | np.ndarray) -> float:
 def _drift(task: Task, prompts: Sequence[str], drawn: Sequence[np.ndarray] | np.ndarray, real_prompts: Sequence[str],
            real: Sequence[np.ndarray] | np.ndarray) -> Scores:  # fmt: skip
     """The loss of the head on real pictures (every patch after the true ones) and on the model's own (every patch after
-    what it drew itself). A model of the true distribution has the same on both; a gap says that drawing drifts away."""
+    what it drew itself). A model of the true distribution has the same on both. More on its own: drawing drifts away.
+    Less: what it draws is smoother than real pictures, and so easier to predict."""
     return {
         "image loss, held-out pictures": image_loss(task.generator, real_prompts, real),
         "image loss, own pictures": image_loss(task.generator, prompts, drawn),
@@ -233,6 +243,12 @@ def image_loss(generator: Generator, captions: Sequence[str], pictures: Sequence
         total += generator.model(batch).image.item()
         patches += batch.counts()[1]
     return total / max(patches, 1)
+
+
+def _small(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Means over an eighth of height by an eighth of width, (N, 192) in 0..255: few enough numbers for a covariance."""
+    resized = [np.asarray(Picture.fromarray(picture).resize((8, 8), Picture.Resampling.BOX)) for picture in pictures]
+    return np.stack(resized).reshape(len(pictures), -1).astype(np.float64)
 
 
 def _gray(pixels: np.ndarray) -> np.ndarray:
@@ -276,7 +292,8 @@ def main() -> None:
     parser.add_argument("--num", type=int, help="pictures or documents (default: 540 shapes, 1000 digits, 500 texts)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: eval.guidance of the run)")
     parser.add_argument("--steps", type=int, help="sampler steps per patch (default: eval.sampler_steps of the run)")
-    parser.add_argument("--sampler", default="euler", help=f"one of {', '.join((*SAMPLERS, LEARNED))} (default: euler)")
+    parser.add_argument("--sampler", help=f"one of {', '.join((*SAMPLERS, LEARNED))} (default: consistency for a head "
+                        "with that objective, else euler)")  # fmt: skip
     parser.add_argument(
         "--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)"
     )
@@ -288,9 +305,13 @@ def main() -> None:
         folder = checkpoint.resolve(arguments.checkpoint)
         config = checkpoint.read_config(folder)
         generator = Generator.load(folder, arguments.weights, arguments.device)
-        guidance = config.eval.guidance if arguments.guidance is None else arguments.guidance
-        steps = config.eval.sampler_steps if arguments.steps is None else arguments.steps
-        sampling = Sampling(guidance=Guidance(guidance), sampler=arguments.sampler, steps=steps)
+        usual = sampling_of(config)
+        sampling = replace(
+            usual,
+            guidance=usual.guidance if arguments.guidance is None else Guidance(arguments.guidance),
+            sampler=arguments.sampler or usual.sampler,
+            steps=usual.steps if arguments.steps is None else arguments.steps,
+        )
         sampler_of(generator.model, sampling)
         num = _DEFAULT_NUM[arguments.suite] if arguments.num is None else arguments.num
         if num < 1:

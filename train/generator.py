@@ -15,6 +15,7 @@ from data.document import Document, Image, Text
 from data.encode import Encoder
 from data.image import unpatchify
 from data.tokenizer import Tokenizer
+from model.diffusion.guidance import Guidance
 from model.generate import generate
 from model.ropeway import Ropeway
 from model.sampling import Sampling
@@ -23,7 +24,7 @@ from train import checkpoint
 from train.config import Config
 from train.pipeline import make_encoder, vocabulary_of
 from train.precision import autocast, bf16_units
-from train.ranks import pick_device
+from train.ranks import keep_freed_memory, pick_device
 
 Segment = Text | Image
 
@@ -60,6 +61,8 @@ class Generator:
         load_weights(model, checkpoint.Weights(stem), str(stem))
         model.solver = checkpoint.load_solver(folder, config.model.patch_width)
         chosen = pick_device(device)
+        if chosen.type == "cpu":
+            keep_freed_memory()
         return cls(model.to(chosen).eval(), tokenizer, make_encoder(config, tokenizer), bf16_units(chosen))
 
     def __call__(self, orders: Sequence[Order], sampling: Sampling, batch_size: int = 64,
@@ -130,6 +133,13 @@ class Generator:
         ]
         made = self(orders, sampling, batch_size, progress)
         return ["".join(part.text for part in parts if isinstance(part, Text)) for parts in made]
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How the pictures of a run are drawn where nothing else is asked for: as its `eval` says; a head that learned
+    where jumps end, which is no flow, jumps."""
+    sampler = "consistency" if config.model.head.objective == "consistency" else "euler"
+    return Sampling(guidance=Guidance(config.eval.guidance), sampler=sampler, steps=config.eval.sampler_steps)
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Ropeway:

@@ -249,10 +249,9 @@ def evaluate(run: Run, log: Log | None) -> None:
     if run.held_out:
         values = _held_out_losses(run, model, run.held_out)
     if log:
-        if config_samples := run.config.eval.samples:
+        if run.config.eval.samples:
             generator = Generator(model, run.tokenizer, run.encoder, run.engine.bf16)
-            draw_samples(generator, run.held_out or run.rows.mixture, config_samples, run.config.eval,
-                         run.folder / "samples", run.step)  # fmt: skip
+            draw_samples(generator, run.held_out or run.rows.mixture, run.config, run.folder / "samples", run.step)
         if values:
             log.metrics(run.step, values)
             logger.info("step %d " + " ".join(f"{key} {value:.4f}" for key, value in values.items()), run.step)

@@ -8,16 +8,15 @@ from PIL import Image as Picture
 
 from data.document import Document, Image, Text
 from data.mixture import Mixture
-from model.diffusion.guidance import Guidance
 from model.sampling import Sampling
-from train.config import EvalSection
-from train.generator import Generator
+from train.config import Config
+from train.generator import Generator, sampling_of
 
 
-def draw_samples(generator: Generator, mixture: Mixture, count: int, config: EvalSection, folder: Path,
-                 step: int) -> None:  # fmt: skip
+def draw_samples(generator: Generator, mixture: Mixture, config: Config, folder: Path, step: int) -> None:
     """Write step-N.png (upper row drawn from captions, lower row the real pictures) and step-N.txt (captions)."""
     folder.mkdir(parents=True, exist_ok=True)
+    count, sampling = config.eval.samples, sampling_of(config)
     documents = _first_documents(mixture, 8 * count)
     lines = []
     to_draw = [pair for pair in map(text_then_image, documents) if pair][:count]
@@ -25,11 +24,10 @@ def draw_samples(generator: Generator, mixture: Mixture, count: int, config: Eva
         patch = generator.encoder.patch_size
         grids = [generator.encoder.grid(image.height, image.width) for _, image in to_draw]
         sizes = [(rows * patch, cols * patch) for rows, cols in grids]
-        sampling = Sampling(guidance=Guidance(config.guidance), steps=config.sampler_steps)
         pictures = generator.pictures([text.text for text, _ in to_draw], sizes, sampling)
         real = [image.pixels for _, image in to_draw if image.pixels is not None]
         save_grid([*pictures, *real], len(to_draw), folder / f"step-{step:08d}.png")
-        lines += [f"drawn (guidance {config.guidance:g}): {text.text}" for text, _ in to_draw]
+        lines += [f"drawn (guidance {config.eval.guidance:g}): {text.text}" for text, _ in to_draw]
     to_read = [pair for pair in map(image_then_text, documents) if pair][:count]
     if to_read:
         captions = generator.captions([image.pixels for image, _ in to_read if image.pixels is not None],

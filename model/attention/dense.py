@@ -14,6 +14,11 @@ KEY_MULTIPLE = 64
 into vectors follows their number, and the rounding of a sample must not depend on the lengths of the others."""
 
 
+FLOAT_BELOW = 512
+"""On CPUs documents shorter than this are attended in float32, where the fused kernel in bfloat16 is up to 4.5 times
+slower (docs/decisions.md, 39)."""
+
+
 @dataclass
 class DenseState:
     """Rotated keys and values of the slots so far, (B, K, T, E) each."""
@@ -71,11 +76,23 @@ class DenseAttention(nn.Module):
         for group in documents.groups:
             q_GHLE, k_GKLE, v_GKLE = (_gather(x, group.slot_GL).transpose(1, 2) for x in (q, k, v))
             seen = None if documents.image_X is None else _seen(group, documents.image_X)
-            attended = F.scaled_dot_product_attention(
-                q_GHLE, k_GKLE, v_GKLE, seen, is_causal=seen is None, scale=self.scale, enable_gqa=True
-            )
+            attended = softmax_attention(q_GHLE, k_GKLE, v_GKLE, self.scale, seen)
             out = out.index_copy(0, group.slot_GL[group.valid_GL], attended.transpose(1, 2)[group.valid_GL])
         return out.view_as(q_BSHE)
+
+
+def softmax_attention(q_GHLE: Tensor, k_GKLE: Tensor, v_GKLE: Tensor, scale: float,
+                      seen: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Of G documents at once, by PyTorch's fused kernels. seen: which slots a slot sees, (G, 1, L, L); default: those
+    up to itself. Returns (G, H, L, E)."""
+    dtype, causal = q_GHLE.dtype, seen is None
+    if dtype == torch.bfloat16 and q_GHLE.device.type == "cpu" and q_GHLE.shape[2] < FLOAT_BELOW:
+        q_GHLE, k_GKLE, v_GKLE = q_GHLE.float(), k_GKLE.float(), v_GKLE.float()
+    with torch.autocast("cpu", enabled=False):  # it would make them bfloat16 again
+        out = F.scaled_dot_product_attention(
+            q_GHLE, k_GKLE, v_GKLE, seen, is_causal=causal, scale=scale, enable_gqa=True
+        )
+    return out.to(dtype)
 
 
 def _seen(group: Group, image_X: Tensor) -> Tensor:

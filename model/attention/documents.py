@@ -34,8 +34,8 @@ class Documents:
         """Find the documents of a batch. document_BS (CPU integers) is 0 in padding; a document is a run of one value.
 
         Groups collect lengths of the same number of blocks, up to one block lengths between two powers of two: padding
-        is shorter than a document and than a block. Their length L is rounded up to a multiple, for callers whose
-        rounding must not depend on the other documents.
+        is shorter than a document and than a block. Their length L is rounded up to a multiple, below it to a power of
+        two, for callers whose rounding must not depend on the other documents.
         """
         flat = document_BS.flatten()
         row_length = document_BS.shape[1]
@@ -51,7 +51,8 @@ class Documents:
         size = torch.where(blocks > 1, -blocks, octave)
         for value in size.unique():
             chosen = size == value
-            offset = torch.arange(-(-int(length[chosen].max()) // multiple) * multiple)
+            unit = multiple if value < 0 else min(multiple, 1 << int(value))
+            offset = torch.arange(-(-int(length[chosen].max()) // unit) * unit)
             valid_GL = offset < length[chosen, None]
             slot_GL = start[chosen, None] + torch.minimum(offset, length[chosen, None] - 1)
             groups.append(Group(slot_GL, valid_GL))

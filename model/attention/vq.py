@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention.codebook import Codebook, Quantised, VQConfig
+from model.attention.dense import softmax_attention
 from model.attention.documents import Documents, Group
 from model.attention.merge import MASKED, Part, attend
 from model.rope import Rotation, frequencies, rotate
@@ -152,9 +152,7 @@ class VQAttention(nn.Module):
             for x in (q_XHE, k_XKE, v_XKE, *turns)
         )
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, Rotation(*angles)), rotate(k, Rotation(*angles)), v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True).transpose(
-            1, 2
-        )
+        return softmax_attention(q, k, v, self.scale).transpose(1, 2)
 
     def _blocks(self, group: Group, codewords_KCE: Tensor, turns: Rotation, q_XHE: Tensor, word_XKE: Tensor,
                 v_XKE: Tensor, code_XK: Tensor) -> Tensor:  # fmt: skip
@@ -190,7 +188,7 @@ class VQAttention(nn.Module):
         """
         lead, share = len(v) - len(q), q.shape[3] // v.shape[3]
         angles = Rotation(cos, sin)
-        beyond = self._beyond(angles)
+        beyond, strict = self._beyond(angles), self.config.band == "strict"
         codewords = rotate(codewords, beyond).to(q.dtype)
         near_q, far_q, near_k, word, v, code = (
             x.transpose(2, 3)
@@ -198,14 +196,14 @@ class VQAttention(nn.Module):
                 rotate(q, Rotation(*(x[lead:] for x in angles))),
                 q,
                 rotate(word, angles),
-                rotate(word.detach(), beyond),
+                rotate(word.detach(), beyond) if strict else word.detach(),  # unread: all of the block is near
                 v,
                 code,
             )
         )
         through = self.config.grad_through_cache
         cache = v if through else v.detach()
-        strict, size = self.config.band == "strict", self.window
+        size = self.window
         mean, log_count, value_sum, count = _far(code[:-2], cache[:-2], value_sum, count)
         if _has_kernel(near_q):
             from model.attention.kernel import blocks_attended  # on demand: it needs Triton

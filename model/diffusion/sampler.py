@@ -44,8 +44,15 @@ def midpoint(velocity: Velocity, z: Tensor, times: list[float], noise: Noise | N
 
 
 def geometric(velocity: Velocity, z: Tensor, times: list[float], noise: Noise | None = None) -> Tensor:
-    """Like midpoint, where the share of noise 1 - t is the geometric mean of the two (arXiv 2206.00364)."""
-    return _midpoint(velocity, z, times, lambda time, after: 1 - math.sqrt((1 - time) * (1 - after)))
+    """Like midpoint, where noise over signal is the geometric mean of the two (DPM-Solver-2, arXiv 2206.00927). Pure
+    noise has no such mean: from there it is that of the noise, 1 - t."""
+
+    def between(time: float, after: float) -> float:
+        if time == 0:
+            return 1 - math.sqrt(1 - after)
+        return 1 / (1 + math.sqrt((1 - time) / time * (1 - after) / after))
+
+    return _midpoint(velocity, z, times, between)
 
 
 def _midpoint(velocity: Velocity, z: Tensor, times: list[float], between: Callable[[float, float], float]) -> Tensor:

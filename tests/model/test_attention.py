@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.attention import KINDS
-from model.attention.dense import DenseAttention
+from model.attention.dense import DenseAttention, softmax_attention
 from model.attention.documents import BLOCK, Documents
 from model.rope import Rotation, frequencies, rotation
 from tests.model.support import make_kind, slow_attention, slow_vq
@@ -135,6 +136,17 @@ def test_the_causality_check_finds_wrong_kinds(wrong) -> None:
     assert causality_error(wrong(WIDTH), document_BS) > 1e-3
 
 
+def test_short_documents_in_bfloat16_are_attended_in_float32_on_a_cpu() -> None:
+    """The fused kernel in bfloat16 is many times slower there, and autocast would choose it again."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 30, WIDTH).bfloat16() for heads in (HEADS, 2, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = softmax_attention(q, k, v, WIDTH**-0.5)
+    wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+    assert torch.equal(found, wide.bfloat16())
+    assert not torch.equal(found, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
 def test_groups_hold_every_slot_once_and_waste_at_most_half() -> None:
     document_BS = random_documents(np.random.default_rng(5), 4, 60)
     documents = Documents.of(document_BS)
@@ -163,6 +175,18 @@ def test_documents_are_padded_by_less_than_a_block(block: int) -> None:
         assert (longest - length_G < block).all()
         if longest > block:
             assert (-(-longest // block) == -(-length_G // block)).all()
+
+
+@pytest.mark.parametrize("multiple", [16, 64])
+def test_a_prompt_is_attended_in_a_length_that_follows_from_its_own(multiple: int) -> None:
+    """Up to the multiple it is a power of two, whatever other prompts are there."""
+    lengths = torch.tensor([1, 2, 3, 9, 15, 16, 17, 33, 60, 64, 65, 100, 200, 300])
+    valid = torch.arange(300) < lengths[:, None]
+    for group in Documents.of(valid.long(), multiple).groups:
+        longest = group.slot_GL.shape[1]
+        for length in group.valid_GL.sum(1).tolist():
+            power = 1 << (length - 1).bit_length()
+            assert longest == power if power <= multiple else longest % multiple == 0
 
 
 def test_equal_numbers_in_neighbouring_rows_are_two_documents() -> None:

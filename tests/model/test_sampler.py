@@ -54,7 +54,12 @@ def test_gaussian_vectors(name, steps, expected, tolerance) -> None:
 
 
 def between(name: str, t: float, h: float) -> float:
-    return t + h / 2 if name == "midpoint" else 1 - math.sqrt((1 - t) * (1 - t - h))
+    """In between of two times; for geometric by noise levels, as on the grid of EDM, but from pure noise on."""
+    if name == "midpoint":
+        return t + h / 2
+    if t == 0:
+        return 1 - math.sqrt(1 - h)
+    return 1 / (1 + math.exp((math.log(1 / t - 1) + math.log(1 / (t + h) - 1)) / 2))
 
 
 @pytest.mark.parametrize("name", ["heun", "midpoint", "geometric"])
@@ -71,6 +76,18 @@ def test_step_by_step(name, steps) -> None:
             v = float(gaussian(ONE * (z + (middle - t) * v), middle))
         z += h * v
     assert SAMPLERS[name](gaussian, ONE, uniform_grid(steps)).item() == pytest.approx(z, rel=1e-12)
+
+
+def test_geometric_looks_at_the_geometric_mean_of_noise_levels() -> None:
+    """Of 80 and 17.527832, the first levels of EDM's grid of 5 (spec of test_edm_grid): 37.446."""
+    seen: list[float] = []
+
+    def field(z: torch.Tensor, t: float) -> torch.Tensor:
+        seen.append((1 - t) / t)
+        return z
+
+    SAMPLERS["geometric"](field, ONE, edm_grid(5))
+    assert seen[:3] == pytest.approx([80, math.sqrt(80 * 17.527832), 17.527832], rel=1e-6)
 
 
 def test_uniform_grid() -> None:
@@ -137,12 +154,14 @@ class TestEverySampler:
 class TestEverySamplerWithoutNoise:
     def test_order_of_convergence(self, name) -> None:
         """Twice the steps divide the error by 2^order: the slope of error over steps, in logarithms."""
-        field = shifted_gaussian(0.7, 0.5, 1.3)
-        exact = 0.7 + 0.5 * 2 / 1.3
-        # The error of geometric changes its sign near 85 steps; far from there it falls as log(n) / n^2.
-        number = (1280, 5120) if name == "geometric" else (40, 160)
-        errors = [abs(SAMPLERS[name](field, 2 * ONE, uniform_grid(n)).item() - exact) for n in number]
-        assert math.log(errors[0] / errors[1], 4) == pytest.approx(ORDER[name], abs=0.3)
+        mean, data, sigma = 0.7, 0.5, 1.3
+        field, exact = shifted_gaussian(mean, data, sigma), mean + data * 2 / sigma
+        # The error of geometric changes its sign on the uniform grid; its own is that of EDM, which starts after t = 0.
+        grid, number = (edm_grid, (10, 40)) if name == "geometric" else (uniform_grid, (40, 160))
+        start = grid(1)[0]
+        z = mean * start + 2 / sigma * math.hypot(data * start, sigma * (1 - start))
+        errors = [abs(SAMPLERS[name](field, z * ONE, grid(n)).item() - exact) for n in number]
+        assert math.log(errors[0] / errors[1], 4) == pytest.approx(ORDER[name], abs=0.1)
 
     def test_whole_distribution_is_moved(self, name) -> None:
         z = torch.randn(2000, dtype=torch.float64) * 2
