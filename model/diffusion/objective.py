@@ -39,7 +39,7 @@ def draw(count_B: list[int], seed_B: list[int], patch_width: int, config: HeadCo
 
     One generator per row makes the draws independent of how rows are spread over ranks and micro-batches.
     """
-    times, noises, steps, starts = [], [], [], []
+    times, noises, steps = [], [], []
     for count, seed in zip(count_B, seed_B, strict=True):
         generator = torch.Generator(device).manual_seed(seed)
         draws = count * config.draws
@@ -47,14 +47,11 @@ def draw(count_B: list[int], seed_B: list[int], patch_width: int, config: HeadCo
         times.append(law(draws, 1, generator=generator, device=device))
         noises.append(torch.randn(draws, patch_width, generator=generator, device=device))
         steps.append(_steps(draws, config, generator))
-        starts.append(torch.rand(draws if config.objective == "shortcut" else 0, 1, generator=generator, device=device))
     time_M1, path, steps_M1 = torch.cat(times), PATHS[config.path], torch.cat(steps)
     if config.time_law == "logit-normal":
         time_M1 = torch.sigmoid(config.time_mean + config.time_std * time_M1)
     if config.time_shift != 1:
         time_M1 = path.own(shifted(path.straight(time_M1), config.time_shift))
-    if config.objective == "shortcut":  # The law of the flow would hardly ever start a jump near the data.
-        time_M1 = torch.where(steps_M1 > 0, torch.cat(starts), time_M1)
     # Down to the start of the step that a time lies in.
     number_M1 = torch.minimum((time_M1 * steps_M1).floor(), steps_M1 - 1)
     time_M1 = torch.where(steps_M1 > 0, number_M1 / steps_M1.clamp_min(1), time_M1)
