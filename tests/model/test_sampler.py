@@ -79,7 +79,7 @@ def test_step_by_step(name, steps) -> None:
 
 
 def test_geometric_looks_at_the_geometric_mean_of_noise_levels() -> None:
-    """Of 80 and 17.527832, the first levels of EDM's grid of 5 (spec of test_edm_grid): 37.446."""
+    """Of 80 and 17.527832, the first levels of test_edm_grid: 37.446."""
     seen: list[float] = []
 
     def field(z: torch.Tensor, t: float) -> torch.Tensor:
