@@ -393,7 +393,8 @@ def notes(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
 
 Right: an independent classifier recognises the digit that was asked for, or the oracle reads colour, shape, size and
 place of the caption in the picture; {rows[0]["pictures"]} pictures per cell and seed. Frechet distance: of raw gray
-pixels to the test split; look at both, since blurred digits, means over what a patch could be, are recognised best.
+pixels to the test split, on shapes of means over 8 x 8 parts to held-out pictures;
+look at both, since blurred digits, means over what a patch could be, are recognised best.
 Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures.
 Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
 Evaluations of the head count both streams where guidance acts. Ranges are over seeds. A distilled head has learned for

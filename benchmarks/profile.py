@@ -8,11 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import Result, Row
 from data.source.shapes import held_out_captions
-from model.diffusion.guidance import Guidance
-from model.sampling import Sampling
 from train import pipeline, settings
 from train.engine import Counts, TorchEngine
-from train.generator import Generator, build_model
+from train.generator import Generator, build_model, sampling_of
 from train.optimizer import WeightAverage
 from train.ranks import Ranks
 
@@ -65,7 +63,7 @@ def run(
         for number in range(1, steps + 1):
             step(number)
     generator = Generator(model, tokenizer, encoder)
-    sampling = Sampling(guidance=Guidance(settled.eval.guidance), steps=settled.eval.sampler_steps)
+    sampling = sampling_of(settled)
     canvas = settled.data.shapes.canvases[0] if settled.data.shapes else (8, 8)
     captions = held_out_captions()[:pictures]
     generator.pictures(captions, canvas, sampling)

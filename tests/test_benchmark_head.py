@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,11 @@ def test_killed_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     after = json.loads(lost.read_text())
     assert {key for key in before if before[key] != after[key]} <= {"CPU seconds per picture"}
     assert {path for path in files if path.stat().st_mtime_ns != files[path]} == {lost, lost.with_name("digits.png")}
+    lost.unlink()
+    changed = replace(rows[0], options=(("model.head.time_mean", -1.0),))
+    monkeypatch.setattr(head, "SETTINGS", (changed, rows[1]))
+    with pytest.raises(ValueError, match="trained with other settings"):
+        head.run(**arguments)  # type: ignore[arg-type]
 
 
 def row(name: str, drawn: str, seed: int, accuracy: float, evaluations: int) -> Row:

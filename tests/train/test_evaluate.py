@@ -60,6 +60,10 @@ def test_frechet_distance_of_gaussians() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_frechet_distance_of_one_vector_is_not_a_number() -> None:
+    assert math.isnan(frechet_distance(np.zeros((1, 3)), np.zeros((5, 3))))
+
+
 def test_frechet_distance_of_commuting_and_other_covariances() -> None:
     """Against the definition with the symmetric root: Tr(A + B - 2 (A^1/2 B A^1/2)^1/2)."""
     random = np.random.default_rng(1)
