@@ -214,7 +214,8 @@ class ModelConfig:
         """Numbers in a patch."""
         return 3 * self.patch_size**2
 
-    def _layer_matrices(self) -> int:
+    def layer_matrices(self) -> int:
+        """Numbers in the matrices of a layer."""
         attention = self.dim * self.head_width * 2 * (self.num_heads + self.kv_heads)
         return attention + 3 * self.dim * self.ffn_width
 
@@ -225,7 +226,7 @@ class ModelConfig:
 
     def num_parameters(self, vocabulary_size: int) -> dict[str, int]:
         """Trainable parameters of each part; their sum is the whole model."""
-        per_layer = self._layer_matrices() + 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
+        per_layer = self.layer_matrices() + 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
         rank, patch, dim = self.patch_bottleneck, self.patch_width, self.dim
         embed = patch * rank + rank * dim + dim if rank else patch * dim + dim
         tokens = vocabulary_size * dim * (2 if self.output_embedding == "untied" else 1)
@@ -257,7 +258,7 @@ class ModelConfig:
             documents and is causal, so half of it counts). text_targets, patch_targets: learned labels.
             patches: patches that are read.
         """
-        backbone = slots * self.num_layers * self._layer_matrices()
+        backbone = slots * self.num_layers * self.layer_matrices()
         num_vq = self.layer_kinds.count("vq")
         # No more than with all keys: documents shorter than the window see no codewords.
         seen = min(2 * slots * (self.vq.window + self.vq.codes), squared_lengths)

@@ -143,10 +143,13 @@ class DataSection:
 
 @dataclass(frozen=True)
 class OptimSection:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW, and Muon for matrices if wanted, with warm-up and cosine decay."""
 
     lr: float = 1e-3
     """Peak learning rate."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon, which then updates the matrices that decay, and AdamW the rest. null: AdamW updates
+    all. With engine.backend torch only. Fast where the processor multiplies in bf16, slow on other CPUs."""
     final_lr_ratio: float = 0.05
     """Learning rate at the end, as a part of the peak."""
     warmup_steps: int = 100
@@ -173,8 +176,9 @@ class OptimSection:
     """Warn when the loss of a step exceeds its mean over the last steps this many times."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr is {self.lr}; it must be positive")
+        for name, rate in (("lr", self.lr), ("muon_lr", 1.0 if self.muon_lr is None else self.muon_lr)):
+            if not rate > 0:
+                raise ValueError(f"optim.{name} is {rate}; it must be positive")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.ema_decay < 1):
             raise ValueError("optim.beta1, optim.beta2 and optim.ema_decay must lie in 0 <= x < 1")
         if not self.clip > 0:
@@ -311,6 +315,8 @@ class Config:
         if self.model.codebook_maps() and not self.optim.commit_weight:
             raise ValueError("optim.commit_weight is 0; with model.vq.codebook simvq it must be positive, "
                              "as nothing else moves the codewords")  # fmt: skip
+        if self.optim.muon_lr is not None and self.engine.backend == "deepspeed":
+            raise ValueError("optim.muon_lr needs engine.backend torch, since Muon works on whole matrices")
         most = max(data.max_patches, *(stage.max_patches or 0 for stage in data.stages), 0)
         if "vq" in self.model.layer_kinds and self.model.vq.window < most:
             raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "

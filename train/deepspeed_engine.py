@@ -153,12 +153,12 @@ class DeepSpeedEngine:
 
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
         if self.stage == 0:
-            return whole_moments(self.model, self.optimizer)
+            return whole_moments(self.model, [self.optimizer])
         return {kind: _Moments(self.model, kind) for kind in MOMENTS}
 
     def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
         if self.stage == 0:
-            load_whole_moments(self.model, self.optimizer, moments, updates)
+            load_whole_moments(self.model, [self.optimizer], moments, updates)
             return
         for flat in self._flat_weights():
             self.optimizer.state[flat]["step"].fill_(updates)

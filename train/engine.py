@@ -6,7 +6,7 @@ same gradient comes out for any number of processes and any split into micro-bat
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.ropeway import Losses, Ropeway
 from train.config import Config, OptimSection
 from train.generator import build_model, load_weights
-from train.optimizer import MOMENTS, adamw
+from train.optimizer import MOMENTS, MUON_MOMENTS, optimizers
 from train.precision import autocast, uses_bf16
 from train.ranks import Ranks
 
@@ -54,11 +54,11 @@ class Engine(Protocol):
         ...
 
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
-        """Whole AdamW moments in float32, by kind and parameter. A value is made by all ranks together."""
+        """Whole moments of the optimizers in float32, by kind and parameter. A value is made by all ranks together."""
         ...
 
     def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
-        """Go on with these moments, after `updates` steps of AdamW."""
+        """Go on with these moments, after `updates` steps of the optimizers."""
         ...
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class TorchEngine:
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # codebooks: all ranks make the same step of them
             )
-        self.optimizer = adamw(self.model, self.optim)
+        self.optimizers = optimizers(self.model, self.optim)
 
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:
         with self.parallel.no_sync() if self.parallel and not is_last else contextlib.nullcontext():
@@ -112,11 +112,12 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip, foreach=True).item()
         # All ranks hold the same averaged gradient, so all of them take the same branch.
-        if norm < float("inf"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            if norm < float("inf"):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("scale", 1.0)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         update_codebooks(self.model, self.ranks, applied=norm < float("inf"))
         return norm
 
@@ -124,10 +125,10 @@ class TorchEngine:
         return {name: self.ranks.part(tensor.detach()) for name, tensor in self.model.tensors().items()}
 
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
-        return whole_moments(self.model, self.optimizer)
+        return whole_moments(self.model, self.optimizers)
 
     def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
-        load_whole_moments(self.model, self.optimizer, moments, updates)
+        load_whole_moments(self.model, self.optimizers, moments, updates)
 
     def close(self) -> None:
         # If DistributedDataParallel were the last to hold the process group, freeing it could deadlock: it then waits
@@ -177,23 +178,40 @@ def fit_codebooks(engine: Engine, codebooks: list[Codebook], batch: Batch) -> No
             buffer.copy_(ranks.summed(buffer if ranks.rank == 0 else torch.zeros_like(buffer)))
 
 
-def whole_moments(model: Ropeway, optimizer: torch.optim.AdamW) -> dict[str, Mapping[str, Tensor]]:
-    """Moments of an AdamW that holds them whole; zeros before its first step."""
-    state = optimizer.state
+def whole_moments(model: Ropeway, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Mapping[str, Tensor]]:
+    """Moments of optimizers that hold them whole; zeros before their first step."""
     return {
-        kind: {name: state[p].get(kind, torch.zeros_like(p)) for name, p in model.named_parameters()}
-        for kind in MOMENTS
+        kind: {name: optimizer.state[p].get(kind, torch.zeros_like(p)) for name, p in parameters.items()}
+        for optimizer, parameters in _parameters_of(model, optimizers)
+        for kind in _kinds(optimizer)
     }
 
 
 def load_whole_moments(
-    model: Ropeway, optimizer: torch.optim.AdamW, moments: Mapping[str, Mapping[str, Tensor]], updates: int
+    model: Ropeway,
+    optimizers: Sequence[torch.optim.Optimizer],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    updates: int,
 ) -> None:
     """The reverse of `whole_moments`."""
-    for name, p in model.named_parameters():
-        values = {kind: moments[kind][name].to(p.device, copy=True) for kind in MOMENTS}
-        # The step counter stays where fused AdamW keeps it: on the parameter's device, float32.
-        optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **values}
+    for optimizer, parameters in _parameters_of(model, optimizers):
+        for name, p in parameters.items():
+            # The step counter, which Muon does not read, stays where fused AdamW keeps it: on the device, float32.
+            state = {"step": torch.tensor(float(updates), device=p.device)}
+            optimizer.state[p] = state | {k: moments[k][name].to(p.device, copy=True) for k in _kinds(optimizer)}
+
+
+def _kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return MUON_MOMENTS if isinstance(optimizer, torch.optim.Muon) else MOMENTS
+
+
+def _parameters_of(
+    model: Ropeway, optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Tensor]]]:
+    """Every optimizer with the parameters that it updates, by name."""
+    for optimizer in optimizers:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        yield optimizer, {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
 def fill_from(

@@ -33,7 +33,7 @@ class Estimate:
     weights: int
     gradients: int
     optimizer: int
-    """AdamW's moments, and ZeRO's own float32 copy of the weights."""
+    """Moments of AdamW and Muon, and ZeRO's own float32 copy of the weights."""
     average: int
     casts: int
     """bfloat16 copies of the weights, which autocast makes and the backward pass uses."""
@@ -207,7 +207,10 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
     numbers = sum(model.num_parameters(vocabulary_size).values())
     part, table, books = -(-numbers // world), vocabulary_size * model.dim, _codebooks(model)
     gradients = 4 * (part if stage >= 2 else numbers)
+    checkpoint = 16 * numbers + 8 * books
     optimizer = 12 * part if stage else 8 * numbers
+    if config.optim.muon_lr is not None:  # one moment instead of two
+        optimizer, checkpoint = optimizer - 4 * _decayed(model), checkpoint - 4 * _decayed(model)
     host = 4 * (numbers + books) if keeps.cuda and (stage < 3 or config.eval.every) else 0
     if engine.offload and stage:
         host += 20 * part  # weights, both moments, gradient, and its sum over micro-batches
@@ -222,7 +225,6 @@ def _state(config: Config, vocabulary_size: int, world: int, keeps: _Keeps) -> d
         casts = 2 * (_in_linears(model) - time + table)
     # One bucket for what is sent in float32 and one for bfloat16; stages 1 and 2 fill both with float32.
     bucket = (0, 4, 4, 4)[stage] + ((0, 4, 4, 2)[stage] if keeps.bf16 else 0)
-    checkpoint = 16 * numbers + 8 * books
     checkpoints = keep.keep_last + (config.run.steps // keep.keep_every if keep.keep_every else 0) + 1
     return {
         "weights": 4 * (part if stage == 3 else numbers) + 8 * books,  # and the sums for their next step
@@ -265,6 +267,17 @@ def _in_linears(model: ModelConfig) -> int:
     norms = model.num_layers * 2 * (model.dim + (model.head_width if model.qk_norm else 0)) + model.dim
     norms += 2 * model.head.width * model.head.depth if model.image_mode == "autoregressive" else 0
     return sum(model.num_parameters(0).values()) - norms - model.codebook_maps()
+
+
+def _decayed(model: ModelConfig) -> int:
+    """Numbers in the matrices that decay."""
+    if model.image_mode == "transfusion":
+        head = model.dim * (TIME_FEATURES + model.dim + model.patch_width)
+    else:
+        width, depth, patch = model.head.width, model.head.depth, model.patch_width
+        head = width * (patch + model.dim + LOCATION_FEATURES + TIME_FEATURES + width)
+        head += width * (2 * depth * width + patch * model.head.outputs)
+    return model.num_layers * model.layer_matrices() + head
 
 
 def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,

@@ -1,7 +1,8 @@
-"""AdamW with weight-decay groups, the learning-rate schedule, and the average of the weights."""
+"""AdamW with weight-decay groups, Muon for matrices, the learning-rate schedule, and the average of the weights."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +11,47 @@ from train.config import OptimSection
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of every parameter, beside the number of its steps."""
+MUON_MOMENTS = ("momentum_buffer",)
+"""What Muon remembers of every matrix."""
+
+
+def optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim.Optimizer]:
+    """What updates the parameters: AdamW alone, or with `muon_lr` Muon for the matrices that decay and AdamW for the
+    rest. Muon's steps have the size that AdamW's usually have (arXiv 2502.16982), so the learning rates compare.
+
+    Groups hold in `scale` what the scheduled rate is multiplied with.
+    """
+    if config.muon_lr is None:
+        return [adamw(model, config)]
+    decayed, free = _decayed_and_free(model)
+    return [
+        torch.optim.Muon([{"params": decayed, "scale": config.muon_lr / config.lr}], config.muon_lr,
+                         config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        _adamw([{"params": free, "weight_decay": 0.0}], config),
+    ]  # fmt: skip
 
 
 def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) that decays matrices, but not embeddings, codebooks, norms, biases and the head's
     modulation."""
+    decayed, free = _decayed_and_free(model)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return _adamw(groups, config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimSection) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def _decayed_and_free(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves the parameter itself empty
         exempt = dimensions < 2 or name == "text_head.weight"
-        exempt |= any(part in name for part in ("embedding", "modulation", "codebook"))
+        exempt |= any(part in name for part in ("embedding", "shortcut_in", "modulation", "codebook"))
         (free if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return decayed, free
 
 
 def learning_rate(step: int, steps: int, config: OptimSection) -> float:

@@ -188,13 +188,15 @@ def test_clipping_bounds_the_update() -> None:
     assert moments.norm().item() == pytest.approx(1e-3 * (1 - CONFIG.optim.beta1), rel=1e-3)
 
 
-def test_optimizer_state_round_trip_in_another_order() -> None:
+@pytest.mark.parametrize("muon_lr", [None, 1e-3])
+def test_optimizer_state_round_trip_in_another_order(muon_lr: float | None) -> None:
     """A step after loading the state, in the alphabetical order of a file, is the step without loading."""
     batch = batch_of_step(0, [0, 1, 2, 3])
-    one = TorchEngine(make_model(), CONFIG, Ranks(CONFIG))
+    config = replace(CONFIG, optim=replace(CONFIG.optim, muon_lr=muon_lr))
+    one = TorchEngine(make_model(), config, Ranks(config))
     one.micro_step(batch, count(0), is_last=True)
     one.step(1e-3)
-    two = TorchEngine(make_model(), CONFIG, Ranks(CONFIG))
+    two = TorchEngine(make_model(), config, Ranks(config))
     two.model.load_state_dict(one.model.state_dict())
     state = one.moments()
     two.load_moments({k: {n: state[k][n].clone() for n in sorted(state[k])} for k in sorted(state)}, updates=1)

@@ -225,7 +225,18 @@ def test_activations_on_a_gpu(shape: str, precision: str) -> None:
     assert kept(expected, batch, vocabulary_size) == pytest.approx(activations, rel=0.15)
 
 
-@pytest.mark.parametrize("shape", [(), LONG, VQ_SHAPES["simvq"]], ids=["dense", "vq", "simvq"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        LONG,
+        VQ_SHAPES["simvq"],
+        ("--optim.muon_lr=0.01",),
+        ("--optim.muon_lr=0.01", "--model.head.objective=shortcut"),
+        ("--optim.muon_lr=0.01", "--model.image_mode=transfusion", "--model.head.draws=1"),
+    ],
+    ids=["dense", "vq", "simvq", "muon", "muon, shortcut", "muon, transfusion"],
+)
 def test_state_of_the_torch_engine_is_exact(shape: tuple[str, ...]) -> None:
     config = config_of(*shape)
     _, batch, vocabulary_size = make(config)
@@ -241,8 +252,10 @@ def test_state_of_the_torch_engine_is_exact(shape: tuple[str, ...]) -> None:
     assert sum(tensor.nbytes for tensor in engine.model.tensors().values()) + sums == expected.weights
     assert sum(p.grad.nbytes for p in parameters if p.grad is not None) == expected.gradients
     engine.step(1e-3)
-    moments = [value for state in engine.optimizer.state.values() for key, value in state.items() if key != "step"]
+    states = [state for optimizer in engine.optimizers for state in optimizer.state.values()]
+    moments = [value for state in states for key, value in state.items() if key != "step"]
     assert sum(value.nbytes for value in moments) == expected.optimizer
+    assert sum(value.nbytes for kind in engine.moments().values() for value in kind.values()) == expected.optimizer
     assert sum(part.nbytes for part in average.parts.values()) == expected.average
 
 

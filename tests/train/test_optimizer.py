@@ -1,6 +1,8 @@
-"""Schedule, weight-decay groups, AdamW and the weight average against slow float64 references."""
+"""Schedule, weight-decay groups, AdamW, Muon and the weight average against slow float64 references."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from tests.train.support import TINY
 from train import settings
 from train.config import OptimSection
-from train.optimizer import WeightAverage, adamw, learning_rate
+from train.optimizer import WeightAverage, adamw, learning_rate, optimizers
 from train.pipeline import make_tokenizer, vocabulary_of
 
 CONFIG = OptimSection(lr=2e-3, final_lr_ratio=0.1, warmup_steps=10, weight_decay=0.25, eps=1e-7)
@@ -53,7 +55,7 @@ def test_schedule_without_warm_up_and_with_nothing_else() -> None:
 def test_weight_decay_groups_by_name() -> None:
     from model.ropeway import Ropeway
 
-    config = settings.parse([*TINY, "--model.patch_bottleneck=8"])[0]
+    config = settings.parse([*TINY, "--model.patch_bottleneck=8", "--model.head.objective=shortcut"])[0]
     model = Ropeway(config.model, vocabulary_of(make_tokenizer(config.data)))
     optimizer = adamw(model, config.optim)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -69,6 +71,7 @@ def test_weight_decay_groups_by_name() -> None:
     expected |= {"diffusion_head.blocks.0.up.weight", "diffusion_head.blocks.0.down.weight"}
     assert decayed == expected
     assert {"token_embedding.weight", "text_head.weight", "patch_embedding.0.weight", "patch_embedding.1.weight",
+            "diffusion_head.shortcut_in.weight",
             "diffusion_head.blocks.0.modulation.weight", "diffusion_head.blocks.0.norm.weight"} <= free  # fmt: skip
 
 
@@ -95,6 +98,36 @@ def test_adamw_against_its_formula() -> None:
         optimizer.step()
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
+def test_muon_against_its_definition() -> None:
+    """A matrix moves by 0.2 sqrt(longer side) of the orthogonal factor of its averaged gradient, which torch.optim.Muon
+    approaches by Newton-Schulz (singular values within 0.68 and 1.13); what does not decay moves as under AdamW."""
+    config, net = replace(CONFIG, muon_lr=4e-3), Net()
+    start, other = deepcopy(net), deepcopy(net)
+    both, alone = optimizers(net, config), adamw(other, config)
+    average = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in net.named_parameters()}
+    random = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        before = {name: p.detach().double().clone() for name, p in net.named_parameters()}
+        for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=random)
+            q.grad = p.grad.clone()
+            average[name] = 0.95 * average[name] + 0.05 * p.grad.double()
+        for optimizer in (*both, alone):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * group.get("scale", 1.0)
+            optimizer.step()
+        for name in ("z", "a"):
+            p = net.get_parameter(name)
+            direction = 0.95 * average[name] + 0.05 * p.grad.double()  # type: ignore[union-attr]  # Nesterov
+            u, _, v = torch.linalg.svd(direction, full_matrices=False)
+            rate = 1e-3 * 4e-3 / CONFIG.lr
+            moved = (before[name] * (1 - rate * CONFIG.weight_decay) - p.detach().double()) / rate
+            assert (moved - 0.4 * u @ v).norm() < 0.35 * (0.4 * u @ v).norm()
+    for name in ("token_embedding.weight", "norm"):
+        assert torch.equal(net.get_parameter(name), other.get_parameter(name))
+        assert not torch.equal(net.get_parameter(name), start.get_parameter(name))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])

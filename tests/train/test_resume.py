@@ -47,7 +47,8 @@ def assert_bit_equal(a: Path, b: Path) -> None:
     one, two = end_of(a), end_of(b)
     assert (one.step, one.skipped) == (two.step, two.skipped)
     groups = {"model": (one.model, two.model), "ema": (one.ema, two.ema)}
-    assert one.optimizer.keys() == two.optimizer.keys() == {"exp_avg", "exp_avg_sq"}
+    kinds = {"exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if one.config.optim.muon_lr else set())
+    assert one.optimizer.keys() == two.optimizer.keys() == kinds
     groups |= {kind: (one.optimizer[kind], two.optimizer[kind]) for kind in one.optimizer}
     for kind, (left, right) in groups.items():
         assert left.keys() == right.keys()
@@ -94,6 +95,18 @@ def test_two_halves_equal_the_whole(tmp_path: Path, straight: Path, workers: int
     train(run, worker)
     assert end_of(run).step == 8
     assert_bit_equal(run, straight)
+
+
+def test_two_halves_equal_the_whole_with_muon(tmp_path: Path, straight: Path) -> None:
+    whole, halves, muon = tmp_path / "whole", tmp_path / "halves", "--optim.muon_lr=0.004"
+    train(whole, muon)
+    train(halves, muon, "--run.stop_after=4")
+    train(halves, muon)
+    assert_bit_equal(whole, halves)
+    names = {kind: set(tensors) for kind, tensors in end_of(whole).optimizer.items()}
+    assert not names["momentum_buffer"] & names["exp_avg"]
+    assert names["momentum_buffer"] | names["exp_avg"] == set(end_of(whole).model)
+    assert metrics(whole)[-1] != metrics(straight)[-1]
 
 
 def test_whole_images_are_trained_resumed_described_and_drawn(tmp_path: Path) -> None:

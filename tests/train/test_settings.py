@@ -46,6 +46,10 @@ WRONG = [
     pytest.param(["--run.stop_after=0"], "run.stop_after", id="stop-at-once"),
     pytest.param(["--run.threads=-1"], "run.threads", id="negative-threads"),
     pytest.param(["--run.seed=-1"], "run.seed", id="negative-seed"),
+    pytest.param(["--optim.muon_lr=0"], "optim.muon_lr is 0.0; it must be positive", id="no-muon-lr"),
+    pytest.param(
+        ["--optim.muon_lr=0.004", "--engine.backend=deepspeed"], "optim.muon_lr needs engine", id="muon-deepspeed"
+    ),
     pytest.param(["--optim.lr=-1"], "optim.lr is -1.0; it must be positive", id="negative-lr"),
     pytest.param(["--optim.beta2=1"], "optim.beta2", id="beta"),
     pytest.param(["--optim.warmup_steps=-1"], "optim.warmup_steps", id="negative-warmup"),
