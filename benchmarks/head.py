@@ -298,6 +298,9 @@ def measurement(cell: Cell) -> Row:
     metrics = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     seam, real_seam = score("seam energy"), score(f"seam energy, {real}")
     side = 8 if cell.data == "digits" else 32
+    count = _evaluations(cell.sampling)
+    whole = cell.config.model.image_mode == "transfusion"
+    parts = 1 if whole else (side // cell.config.model.patch_size) ** 2
     return {
         "data": cell.data,
         "row": cell.setting.name,
@@ -306,8 +309,8 @@ def measurement(cell: Cell) -> Row:
         "drawn": label(cell.sampling),
         "sampler": cell.sampling.sampler,
         "steps": cell.sampling.steps,
-        "evaluations_per_patch": _evaluations(cell.sampling),
-        "evaluations_per_picture": _evaluations(cell.sampling) * (side // cell.config.model.patch_size) ** 2,
+        "evaluations_per_patch": count,
+        "evaluations_per_picture": count * parts,
         "cpu_seconds_per_picture": score("CPU seconds per picture"),
         "pictures": cell.pictures,
         "accuracy_percent": 100 * scores[ACCURACY[cell.data]],
@@ -397,6 +400,7 @@ pixels to the test split, on shapes of means over 8 x 8 parts to held-out pictur
 look at both, since blurred digits, means over what a patch could be, are recognised best.
 Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures.
 Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
+Whole images are drawn by the Transformer itself, which is evaluated as often for all patches at once.
 Evaluations of the head count both streams where guidance acts. Ranges are over seeds. A distilled head has learned for
 as many updates more as the default, whose TFLOP its column does not show.
 """

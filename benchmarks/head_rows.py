@@ -50,6 +50,7 @@ SETTINGS = (
     Setting("distilled from data", "objective", (), _draw("consistency", 1, 2, 4), distilled=True, from_data=True),
     Setting("few steps", "sampler", drawings=(*_draw("euler", 1, 2, 4, 8), *_draw("heun", 1, 2, 4, 8),
             *_draw("learned", 2, 4, 8)), model="default"),
+    Setting("whole images", "image mode", (("model.image_mode", "transfusion"),), _draw("euler", 16, 4, 50)),
     Setting("prediction v", "prediction", (("model.head.prediction", "v"),)),
     Setting("prediction eps", "prediction", (("model.head.prediction", "eps"),),
             (*_draw("euler", 16), *_draw("euler", 16, clamp=True))),

@@ -62,7 +62,7 @@ def run(
     with profile(activities=activities) as training:
         for number in range(1, steps + 1):
             step(number)
-    generator = Generator(model, tokenizer, encoder)
+    generator = Generator(model, tokenizer, encoder, engine.bf16)
     sampling = sampling_of(settled)
     canvas = settled.data.shapes.canvases[0] if settled.data.shapes else (8, 8)
     captions = held_out_captions()[:pictures]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 CONFIG = Path("configs/quickstart.yaml")
+_IMAGES = 4  # per prompt
 PROMPTS = (
     "a small red circle at the top left",
     "a large blue square at the center",
@@ -32,9 +33,9 @@ def main() -> None:
     trained = time.perf_counter()
     _run("train.evaluate", "--checkpoint", str(run), "--suite", "shapes")
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    _run("launch.generate", "--checkpoint", str(run), *prompts, "--num-images", "4", "--size", "32x32",
+    _run("launch.generate", "--checkpoint", str(run), *prompts, "--num-images", str(_IMAGES), "--size", "32x32",
          "--out", str(out / "pictures"), "--grid", "4", "--overwrite")  # fmt: skip
-    drawn = sorted((out / "pictures").glob("0*.png"))[:: len(PROMPTS) - 2]
+    drawn = sorted((out / "pictures").glob("0*.png"))[::_IMAGES]
     captions = _run("launch.generate", "--checkpoint", str(run), "--image", *map(str, drawn), capture=True)
     (out / "captions.txt").write_text(captions)
     plot_curves(run, out / "curves.png")

@@ -183,6 +183,8 @@ def _check(arguments: argparse.Namespace, generator: Generator) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if arguments.grid and (arguments.image or arguments.document):
+        raise ValueError("--grid is for pictures of --prompt and --prompts-file")
     if arguments.max_text < 0:
         raise ValueError(f"--max-text is {arguments.max_text}; it must not be negative")
     if arguments.size:

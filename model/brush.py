@@ -136,4 +136,4 @@ def paint(model: Ropeway, head: SequenceHead, writers: list[Writer], begun: list
     for b in begun:
         for _ in streams.noise[b]:
             writers[b].write_patch()
-    streams.read(streams.length_R.tolist())
+    streams.read(streams.length_R.tolist(), like=list(range(streams.rows)))

@@ -15,8 +15,9 @@ Sources: Su Jianlin, spaces.ac.cn/archives/10040 (RoPE-Tie), /10352 (RoPE-TV, an
 """
 
 import argparse
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,11 +59,16 @@ def tie_frac(grid: Grid) -> Tensor:
 
 def tv(grid: Grid) -> Tensor:
     """RoPE-TV (RoPE-Tie-v2): unit spacing, centred on the image's share of the sequence. Returns (B, S, 2) float32."""
-    height, width = grid.rows_BS, grid.cols_BS
     placed_BS = _placed(grid)
-    p1 = placed_BS + (width * height - height).float() / 2 + grid.row_BS
-    p2 = placed_BS + (width * height - width).float() / 2 + grid.col_BS
+    p1, p2 = centred(placed_BS, (grid.row_BS, grid.col_BS), (grid.rows_BS, grid.cols_BS))
     return _stack(p1, p2, grid, placed_BS)
+
+
+def centred(placed: Tensor, coordinates: Sequence[Tensor], sides: Sequence[Tensor]) -> list[Tensor]:
+    """RoPE-TV of a block behind `placed` text-equivalents: coordinate x (1-based) along a side of length h is at
+    L + (n - h) / 2 + x, n being the number of slots of the block. Two sides for an image, three for a video."""
+    slots = math.prod(sides)
+    return [placed + (slots - side).float() / 2 + x for x, side in zip(coordinates, sides, strict=True)]
 
 
 def mrope(grid: Grid) -> Tensor:

@@ -60,23 +60,31 @@ class Streams:
         self.noise: dict[int, Tensor] = {}
         """Of the patches of the image that each sample draws, (patches, P)."""
         self._active: list[bool] = []
-        self.read(lengths)
+        seen: dict[bytes, int] = {}
+        self.read(lengths, [seen.setdefault(_content(prompt), row) for row, prompt in enumerate(prompts)])
 
-    def read(self, lengths: list[int]) -> None:
-        """Read all that was written so far, anew. lengths: slots of every row."""
+    def read(self, lengths: list[int], like: list[int]) -> None:
+        """Read all that was written so far, anew. lengths: slots of every row. like: a row that holds the same as each;
+        it is read once for all of them."""
         model, device = self.model, self.length_R.device
         self.longest, end = max(lengths), _rounded_up(max(lengths))
-        slots, valid = slice(0, end), torch.arange(end) < torch.tensor(lengths)[:, None]
-        is_patch_RS = (self.rows_RT[:, slots] > 0) & valid.to(device)
-        patches_NP = self.patch_RTP[:, slots][is_patch_RS]
+        own = sorted(set(like))
+        place = {row: number for number, row in enumerate(own)}
+        own += own[-1:] * (-len(own) % ROW_MULTIPLE)
+        read_U = torch.tensor(own, device=device)
+        slots, valid = slice(0, end), torch.arange(end) < torch.tensor(lengths)[own, None]
+        is_patch_US = (self.rows_RT[read_U, slots] > 0) & valid.to(device)
+        patches_NP = self.patch_RTP[read_U, slots][is_patch_US]
         # embed leaves the surplus unused
         pixels_NP = to_pixels(pad(patches_NP, (0, 0, 0, -len(patches_NP) % ROW_MULTIPLE)))
-        x_RSD = model.embed(self.token_RT[:, slots], is_patch_RS, pixels_NP)
-        angles = model.rotation(self.positions_RT2[:, slots])
+        x_USD = model.embed(self.token_RT[read_U, slots], is_patch_US, pixels_NP)
+        angles = model.rotation(self.positions_RT2[read_U, slots])
         documents = Documents.of(valid.long(), KEY_MULTIPLE, model.config.block).to(device)
-        documents = model.attended(documents, self.grid(slice(None), slots))
-        hidden, self.states = model.backbone.prefill(x_RSD, angles, documents, self.token_RT.shape[1])
-        self.hidden_RD = hidden[self.every_R, self.length_R - 1]
+        documents = model.attended(documents, self.grid(read_U, slots))
+        hidden_USD, states = model.backbone.prefill(x_USD, angles, documents, self.token_RT.shape[1])
+        copy_R = torch.tensor([place[row] for row in like], device=device)
+        self.states = [type(state)(**{name: value[copy_R] for name, value in vars(state).items()}) for state in states]
+        self.hidden_RD = hidden_USD[copy_R, self.length_R - 1]
 
     def grid(self, row_X: slice | list[int] | Tensor, slots: slice = slice(None)) -> Grid:
         columns = [column[row_X, slots] for column in (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)]
@@ -136,6 +144,11 @@ class Streams:
     def drawn(self) -> np.ndarray:
         """Patches by sample and slot of its first stream, (B, T, P) uint8, on the host."""
         return self.patch_RTP[: self.rows // len(self.firsts)].cpu().numpy()
+
+
+def _content(prompt: Prompt) -> bytes:
+    columns = [getattr(prompt, name).astype(np.int64) for name in ("token", *_PLACE)]
+    return b"".join(column.tobytes() for column in (*columns, prompt.patches))
 
 
 def _new_slots(request: Request) -> int:

@@ -149,7 +149,7 @@ class OptimSection:
     """Peak learning rate."""
     muon_lr: float | None = None
     """Peak learning rate of Muon, which then updates the matrices that decay, and AdamW the rest. null: AdamW updates
-    all. With engine.backend torch only. Fast where the processor multiplies in bf16, slow on other CPUs."""
+    all. With engine.backend torch only."""
     final_lr_ratio: float = 0.05
     """Learning rate at the end, as a part of the peak."""
     warmup_steps: int = 100

@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.ropeway import Losses, Ropeway
 from train.config import Config, OptimSection
 from train.generator import build_model, load_weights
-from train.optimizer import MOMENTS, MUON_MOMENTS, optimizers
+from train.optimizer import MOMENTS, MUON_MOMENTS, Muon, optimizers
 from train.precision import autocast, uses_bf16
 from train.ranks import Ranks
 
@@ -202,7 +202,7 @@ def load_whole_moments(
 
 
 def _kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    return MUON_MOMENTS if isinstance(optimizer, torch.optim.Muon) else MOMENTS
+    return MUON_MOMENTS if isinstance(optimizer, Muon) else MOMENTS
 
 
 def _parameters_of(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.attention.dense import FLOAT_BELOW
+from model.attention.dense import FLOAT_UP_TO
 from model.config import LOCATION_FEATURES, TIME_FEATURES, ModelConfig
 from model.text_head import _CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from train.checkpoint import SHARD_BYTES
@@ -328,7 +328,7 @@ def _block(model: ModelConfig, keeps: _Keeps) -> int:
 
 def _attended(model: ModelConfig, keeps: _Keeps, documents: int, longest: int) -> int:
     """Of a group of documents: q, k, v, the output, and the logarithm of each softmax's sum."""
-    number = keeps.product if keeps.cuda or longest >= FLOAT_BELOW else 4
+    number = keeps.product if keeps.cuda or longest > FLOAT_UP_TO else 4
     slot = number * 2 * (model.num_heads + model.kv_heads) * model.head_width + 4 * model.num_heads
     return documents * longest * slot
 

@@ -21,7 +21,7 @@ from data.command import OneLineParser, working
 from data.document import Document, Image, Text
 from data.source import digits as digits_source
 from data.source import shapes_oracle
-from data.source.shapes import Shapes, held_out_captions
+from data.source.shapes import Shapes, held_out_captions, parse_caption
 from data.source.stdlib import StandardLibrary
 from model.batch import Batch
 from model.diffusion.guidance import Guidance
@@ -95,6 +95,11 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
         f"{name}, saturated, held-out pictures": saturated(real),
         f"{name}, CPU seconds per picture": seconds,
     }
+    numbers = range(1, max_objects + 1) if max_objects > 1 else ()
+    for number in numbers:
+        having = _having(number, prompts)
+        scores[f"{name} of {number}, pictures drawn"] = len(having)
+        scores[f"{name} of {number}, drawn, all"] = _mean([found[i]["all"] for i in having])
     if task.only_draw:
         return scores
     said = task.generator.captions(real, Sampling(temperature=0), progress=task.progress)
@@ -109,8 +114,16 @@ def _shapes(task: Task, section: ShapesSection, max_objects: int, captions: list
     ])  # fmt: skip
     scores |= {f"{name}, {key}": value for key, value in _drift(task, prompts, drawn, expected, real).items()}
     # Of several objects there are several true captions ("A above B", "B below A"), of one object only one.
-    return scores | {f"{name}, pictures read": len(real), f"{name}, caption true": _mean(right),
-                     f"{name}, caption exact": _mean(exact)}  # fmt: skip
+    scores |= {f"{name}, pictures read": len(real), f"{name}, caption true": _mean(right),
+               f"{name}, caption exact": _mean(exact)}  # fmt: skip
+    for number in numbers:
+        scores[f"{name} of {number}, caption true"] = _mean([right[i] for i in _having(number, expected)])
+    return scores
+
+
+def _having(number: int, captions: Sequence[str]) -> list[int]:
+    """Which captions are of so many objects."""
+    return [i for i, caption in enumerate(captions) if len(parse_caption(caption).things) == number]
 
 
 def _true(caption: str, picture: np.ndarray) -> bool:
@@ -318,7 +331,11 @@ def main() -> None:
             raise ValueError(f"--num is {num}; it must be at least 1")
         if arguments.suite == "text" and config.data.text is None:
             raise ValueError("suite text needs a model that was trained with data.text")
-        out = arguments.out or folder.parent.parent / "eval"
+        sizes = {"digits": [(digits_source.SIDE,) * 2], "shapes": (config.data.shapes or ShapesSection()).canvases}
+        for size in sizes.get(arguments.suite, ()):
+            generator.grid(*size)
+        run = folder.parent.parent
+        out = arguments.out or (run if checkpoint.folder_of(run) == folder.parent else folder.parent) / "eval"
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
     with working(1):
         result = evaluate(task, arguments.suite, folder)

@@ -14,9 +14,9 @@ KEY_MULTIPLE = 64
 into vectors follows their number, and the rounding of a sample must not depend on the lengths of the others."""
 
 
-FLOAT_BELOW = 512
-"""On CPUs documents shorter than this are attended in float32, where the fused kernel in bfloat16 is up to 4.5 times
-slower (docs/decisions.md, 39)."""
+FLOAT_UP_TO = 512
+"""On CPUs documents up to this length are attended in float32, where the fused kernel in bfloat16 is up to 4.5 times
+slower (docs/decisions.md, 39). Groups of documents end here, so the others of a batch do not decide the precision."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ def softmax_attention(q_GHLE: Tensor, k_GKLE: Tensor, v_GKLE: Tensor, scale: flo
     """Of G documents at once, by PyTorch's fused kernels. seen: which slots a slot sees, (G, 1, L, L); default: those
     up to itself. Returns (G, H, L, E)."""
     dtype, causal = q_GHLE.dtype, seen is None
-    if dtype == torch.bfloat16 and q_GHLE.device.type == "cpu" and q_GHLE.shape[2] < FLOAT_BELOW:
+    if dtype == torch.bfloat16 and q_GHLE.device.type == "cpu" and q_GHLE.shape[2] <= FLOAT_UP_TO:
         q_GHLE, k_GKLE, v_GKLE = q_GHLE.float(), k_GKLE.float(), v_GKLE.float()
     with torch.autocast("cpu", enabled=False):  # it would make them bfloat16 again
         out = F.scaled_dot_product_attention(

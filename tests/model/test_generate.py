@@ -250,6 +250,36 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
         torch.set_num_threads(1)
 
 
+def test_samples_in_bf16_do_not_depend_on_longer_ones_of_their_batch() -> None:
+    """On CPUs short documents are attended in float32, long ones in bfloat16."""
+    model, rng = build(), np.random.default_rng(0)
+    prompts = [prompt_of([Words(rng.integers(0, V.pad, length).tolist())]) for length in (300, 500, 530)]
+    requests = [Request(prompt, seed, begin_image=True, grid=(2, 3), max_text=0) for seed, prompt in enumerate(prompts)]
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = [generate(model, [request], Sampling(steps=2))[0] for request in requests]
+        for batch in ((0, 1), (1, 2), (0, 1, 2)):
+            together = generate(model, [requests[b] for b in batch], Sampling(steps=2))
+            assert all(same(made, alone[b]) for made, b in zip(together, batch, strict=True))
+
+
+@pytest.mark.parametrize("attention", KINDS)
+def test_a_prompt_that_several_samples_share_is_read_once(attention, monkeypatch) -> None:
+    model = build(tiny_config(attention=attention))
+    rng = np.random.default_rng(0)
+    one, two = ([Words([1, 2, 3]), picture(rng, 2, 2)], [Words([3, 2])])
+    requests = [
+        Request(prompt_of(document), seed, begin_image=True, grid=(2, 2), max_text=3)
+        for seed, document in enumerate([one, two] * 6)
+    ]
+    alone = [generate(model, [request], Sampling(steps=2))[0] for request in requests]
+    prefill = Recorder(model.backbone.prefill)
+    monkeypatch.setattr(model.backbone, "prefill", prefill)
+    together = generate(model, requests, Sampling(steps=2))
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    ((hidden, _),) = prefill.results
+    assert len(hidden) == 8, "two prompts, filled up"
+
+
 def test_order_of_the_batch_and_global_state_change_nothing() -> None:
     model, requests = build(), random_requests(5)
     torch.manual_seed(1)
@@ -557,7 +587,7 @@ def test_patches_need_no_word_between_host_and_device(objective, path, scale, le
         draw(self)
         LEAKS[leak](self.streams.hidden_RD)
 
-    def reading(self, lengths: list[int]) -> None:  # type: ignore[no-untyped-def]
+    def reading(self, lengths: list[int], like: list[int]) -> None:  # type: ignore[no-untyped-def]
         self.longest, shape = 64, (len(lengths), model.config.kv_heads, 128, model.config.head_width)
         empty = [torch.zeros(shape, device="meta") for _ in range(4)]
         self.states = [DenseState(*empty[:2]), DenseState(*empty[2:])]

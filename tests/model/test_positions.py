@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import positions
-from model.positions import LAYOUTS, Grid, parse_document
+from model.positions import LAYOUTS, Grid, centred, parse_document
 from tests.model.support import Words, batch_of, build
 
 Shape = list[int | tuple[int, int]]
@@ -111,6 +111,16 @@ def test_every_layout_after_five_tokens_and_two_by_three_patches(layout, first, 
     assert found[5] == pytest.approx(first, abs=1e-5)
     assert found[10] == pytest.approx(last, abs=1e-5)
     assert found[11] == (following, following)
+
+
+def test_tv_of_a_video() -> None:
+    """Three coordinates, behind 5 tokens: 4 frames of 2 x 3 patches."""
+    sides = [torch.tensor(side) for side in (2, 3, 4)]
+    first = centred(torch.tensor(5), [torch.tensor(1)] * 3, sides)
+    last = centred(torch.tensor(5), sides, sides)
+    assert [float(p) for p in first] == [17, 16.5, 16]
+    assert [float(p) for p in last] == [18, 18.5, 19]
+    assert float(centred(torch.tensor(5 + 2 * 3 * 4), [torch.tensor(1)], [torch.tensor(1)])[0]) == 30
 
 
 def test_tv_gaps_are_equal_on_both_sides() -> None:

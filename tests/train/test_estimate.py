@@ -180,7 +180,7 @@ def test_activations_with_norms_and_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(vq, "_has_kernel", lambda x: True)
         monkeypatch.setattr(kernel, "_forward", defaultdict(lambda: lambda *arguments, **constants: None))
-    monkeypatch.setattr(dense, "FLOAT_BELOW", 0)
+    monkeypatch.setattr(dense, "FLOAT_UP_TO", 0)
     layer_norm = torch.nn.functional.layer_norm
     monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, _, w, eps: FusedRMSNorm.apply(x.float(), w, eps))
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *a, **k: layer_norm(x.float(), *a, **k))

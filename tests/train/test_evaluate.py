@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from data.source.digits import arrays
-from data.source.shapes import Scene, Thing, caption, held_out_captions, render
+from data.source.shapes import Scene, Thing, caption, held_out_captions, parse_caption, render
 from data.source.stdlib import StandardLibrary
 from model.sampling import Sampling
 from tests.train.support import TINY, assert_one_line, start
 from train import checkpoint, settings
 from train.config import TextSection
 from train.evaluate import SUITES, Task, _gray, _true, frechet_distance, image_loss, saturated, seam_energy
+from train.evaluate import shapes as shapes_suite
 from train.evaluate import text as text_suite
 from train.generator import Generator
 
@@ -202,7 +203,29 @@ def test_every_suite_has_its_default_number() -> None:
     from train.evaluate import _DEFAULT_NUM
 
     assert SUITES.keys() == _DEFAULT_NUM.keys()
-    assert settings.parse(TINY)[0].eval.sampler_steps >= 1
+
+
+class Painter(Task):
+    """Draws what each caption says, but nothing for every third one."""
+
+    def draw(self, prompts, sizes):  # type: ignore[no-untyped-def]
+        random = np.random.default_rng(0)
+        drawn = [render(parse_caption(prompt), *size, random) for prompt, size in zip(prompts, sizes, strict=True)]
+        return [np.full_like(p, 240) if i % 3 == 0 else p for i, p in enumerate(drawn)], 0.0
+
+
+def test_scenes_are_scored_by_their_number_of_objects(run: Path, tmp_path: Path) -> None:
+    generator = Generator.load(run)
+    config = settings.parse([*TINY, "--data.shapes.max_objects=3", "--data.shapes.canvases=[[32, 32]]"])[0]
+    scores = shapes_suite(Painter(generator, config, Sampling(), 90, 0, tmp_path, False, only_draw=True))
+    assert scores["one object, drawn, all"] == scores["scenes, drawn, all"] == pytest.approx(2 / 3, abs=0.02)
+    parts = [scores[f"scenes of {n}, drawn, all"] for n in (1, 2, 3)]
+    assert all(0.4 < part < 0.9 for part in parts)
+    assert len(set(parts)) > 1
+    counts = [scores[f"scenes of {n}, pictures drawn"] for n in (1, 2, 3)]
+    assert sum(counts) == scores["scenes, pictures drawn"]
+    whole = sum(part * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+    assert whole == pytest.approx(scores["scenes, drawn, all"])
 
 
 def test_saturated() -> None:

@@ -65,5 +65,5 @@ def test_first_losses_of_the_quickstart() -> None:
     assert len(found) == len(expected) == STEPS
     for step, (now, then) in enumerate(zip(found, expected, strict=True)):
         # Other processors round matrix products otherwise; eight steps let that grow to about 1e-5.
-        assert now == pytest.approx(then, rel=1e-3), f"step {step}"
+        assert now == pytest.approx(then, rel=1e-4), f"step {step}"
     assert found[-1]["text"] / found[-1]["texts"] < found[0]["text"] / found[0]["texts"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.train.support import TINY
-from train import settings
+from train import optimizer, settings
 from train.config import OptimSection
-from train.optimizer import WeightAverage, adamw, learning_rate, optimizers
+from train.optimizer import Muon, WeightAverage, adamw, learning_rate, optimizers
 from train.pipeline import make_tokenizer, vocabulary_of
 
 CONFIG = OptimSection(lr=2e-3, final_lr_ratio=0.1, warmup_steps=10, weight_decay=0.25, eps=1e-7)
@@ -57,10 +57,10 @@ def test_weight_decay_groups_by_name() -> None:
 
     config = settings.parse([*TINY, "--model.patch_bottleneck=8", "--model.head.objective=shortcut"])[0]
     model = Ropeway(config.model, vocabulary_of(make_tokenizer(config.data)))
-    optimizer = adamw(model, config.optim)
+    made = adamw(model, config.optim)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [config.optim.weight_decay, 0.0]
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in made.param_groups)
+    assert [group["weight_decay"] for group in made.param_groups] == [config.optim.weight_decay, 0.0]
     assert decayed | free == set(names.values())
     assert not decayed & free
     matrices = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,8 +101,8 @@ def test_adamw_against_its_formula() -> None:
 
 
 def test_muon_against_its_definition() -> None:
-    """A matrix moves by 0.2 sqrt(longer side) of the orthogonal factor of its averaged gradient, which torch.optim.Muon
-    approaches by Newton-Schulz (singular values within 0.68 and 1.13); what does not decay moves as under AdamW."""
+    """A matrix moves by 0.2 sqrt(longer side) of the orthogonal factor of its averaged gradient, as far as five steps
+    of Newton-Schulz reach it; what does not decay moves as under AdamW."""
     config, net = replace(CONFIG, muon_lr=4e-3), Net()
     start, other = deepcopy(net), deepcopy(net)
     both, alone = optimizers(net, config), adamw(other, config)
@@ -114,10 +114,10 @@ def test_muon_against_its_definition() -> None:
             p.grad = torch.randn(p.shape, generator=random)
             q.grad = p.grad.clone()
             average[name] = 0.95 * average[name] + 0.05 * p.grad.double()
-        for optimizer in (*both, alone):
-            for group in optimizer.param_groups:
+        for each in (*both, alone):
+            for group in each.param_groups:
                 group["lr"] = 1e-3 * group.get("scale", 1.0)
-            optimizer.step()
+            each.step()
         for name in ("z", "a"):
             p = net.get_parameter(name)
             direction = 0.95 * average[name] + 0.05 * p.grad.double()  # type: ignore[union-attr]  # Nesterov
@@ -128,6 +128,46 @@ def test_muon_against_its_definition() -> None:
     for name in ("token_embedding.weight", "norm"):
         assert torch.equal(net.get_parameter(name), other.get_parameter(name))
         assert not torch.equal(net.get_parameter(name), start.get_parameter(name))
+
+
+def test_muon_against_pytorch() -> None:
+    """More matrices of a shape than are worked on together, tall and wide ones; PyTorch's own rounds to bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(24, 16)] * 11 + [(16, 24), (16, 16)]
+    ours = [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    one = Muon([{"params": ours, "weight_decay": 0.25}], lr=1e-2)
+    two = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.25, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=random) * 10.0 ** (step - 3)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in theirs]
+        one.step()
+        two.step()
+        for p, q, old in zip(ours, theirs, before, strict=True):
+            assert (p - q).norm() < 0.03 * (step + 1) * (q - old).norm()
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    (0.001, 0.47054), (0.003, 1.11036), (0.005, 1.15437), (0.01, 0.69892), (0.02, 0.68183), (0.05, 0.75812),
+    (0.1, 0.71212), (0.2, 0.74677), (0.3, 1.07959), (0.5, 0.76544), (0.7, 1.12032), (0.9, 0.68201),
+])  # fmt: skip
+def test_singular_values_of_newton_schulz(value: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "bf16_units", lambda _: False)
+    turn = torch.linalg.qr(torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    x = turn[0] @ torch.diag(torch.tensor([value, math.sqrt(1 - value**2), 0.0], dtype=torch.float64)) @ turn[1]
+    found = turn[0].mT @ optimizer.orthogonalised(x[None, :, :])[0] @ turn[1].mT
+    assert found[0, 0].item() == pytest.approx(expected, abs=1e-5)
+    assert (found - torch.diag(found.diagonal())).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "columns", "expected"), [(1024, 1024, 0.0445), (2048, 1024, 0.0295)])
+def test_newton_schulz_of_gaussian_matrices(rows: int, columns: int, expected: float) -> None:
+    x = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(0))
+    once = optimizer.orthogonalised(x)[0]
+    assert (torch.linalg.svdvals(once) - 1).square().mean().item() == pytest.approx(expected, rel=0.05)
+    assert (optimizer.orthogonalised(-1000 * x.mT)[0].mT + once).norm() < 0.02 * once.norm()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])

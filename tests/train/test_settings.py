@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,8 +238,7 @@ def test_shipped_config_builds(path: Path) -> None:
     least, most = SIZES.get(path.stem, (0.1, 200))
     assert least <= built / 1e6 <= most
     assert yaml.safe_load(path.read_text())["run"]["dir"] == f"runs/{path.stem}"
-    assert replace(config) == config
 
 
 def test_every_size_is_checked() -> None:
-    assert {path.stem for path in CONFIGS} >= SIZES.keys()
+    assert {path.stem for path in CONFIGS if path.stem.startswith("base-")} == SIZES.keys()
