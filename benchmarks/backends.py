@@ -43,7 +43,7 @@ def run(config: str = "configs/quickstart.yaml", rounds: int = 15, processes: in
         raise ImportError("deepspeed is not installed: pip install -e '.[deepspeed]'")
     if rounds < 1 or processes < 2:
         raise ValueError("--rounds must be at least 1 and --processes at least 2")
-    settled = settings.parse(["--config", config])[0]
+    settled = settings.parse(["--config", config, "--optim.muon_lr=null"])[0]  # AdamW is what all of them have
     rows = [row for world in (1, processes) for row in _measure(settled, rounds, world)]
     bare = {(row["round"]): float(row["step_seconds"] or 0) for row in rows if row["backend"] == _BARE}
     summary: list[Row] = []

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/deepspeed.sh CONFIG [--section.key value ...]: train with DeepSpeed ZeRO, started by DeepSpeed's launcher.
 #
-#   launch/deepspeed.sh configs/quickstart.yaml --run.dir runs/mine --engine.zero_stage 2
+#   launch/deepspeed.sh configs/digits.yaml --run.dir runs/mine --engine.zero_stage 2
 #
 # NPROC=2 sets the number of processes (default: the GPUs; 1 where there is none), MASTER_PORT their port (default:
 # 29500). OMP_NUM_THREADS is their share of the cores unless it is set.
