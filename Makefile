@@ -4,12 +4,14 @@
 # make lint      ruff, formatting, mypy
 # make clean     remove caches; make distclean also removes .venv
 #
-# On a Linux machine without a GPU, pip takes torch with several GB of CUDA libraries from PyPI. The small build:
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On a Linux machine without a GPU, PyPI's torch brings several GB of CUDA libraries: there the small build of PyTorch's own
+# index is taken, if it can be reached. Another choice: make demo PIP_FLAGS="..."
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
-PIP_FLAGS ?=
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+PIP_FLAGS ?= $(shell command -v nvidia-smi >/dev/null || \
+  { curl -sfIo /dev/null --max-time 5 $(CPU_INDEX)/torch/ && echo --extra-index-url $(CPU_INDEX); })
 PYTEST_FLAGS ?=
 
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt

@@ -44,7 +44,7 @@ FIRST_VERSION = "84e9aab"
 _FIRST = "Ropeway, first version"
 _DISTILLED, _TEACHER = "Ropeway, distilled", "Ropeway, to be distilled"
 _GOAL = 5
-_FLOW_SHARE = 0.8
+_FLOW_SHARE = 0.5
 """Of its time that the distilled model learns the flow."""
 _SIDE = 8
 
