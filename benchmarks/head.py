@@ -96,6 +96,8 @@ def run(
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
     cells = plan(("digits", "shapes") if data == "both" else (data,), rows, seeds, pictures, steps, folder)
+    for config in {str(config.run.dir): config for cell in cells for config in (cell.default, cell.config)}.values():
+        refuse_other_settings(config)
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     announce(cells)
     for cell in cells:
@@ -158,7 +160,6 @@ def work(cell: Cell) -> None:
         print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}: training", file=sys.stderr)
         learn(cell)
     began = time.perf_counter()
-    refuse_other_settings(cell)
     cell.scores.parent.mkdir(exist_ok=True)
     generator = Generator.load(cell.run)
     if cell.sampling.sampler == LEARNED:
@@ -177,11 +178,14 @@ def work(cell: Cell) -> None:
           f"({seconds:.0f} s)", file=sys.stderr)  # fmt: skip
 
 
-def refuse_other_settings(cell: Cell) -> None:
-    """Raises ValueError if the trained model of a cell is of another configuration than today's rows have."""
-    config = checkpoint.read_config(checkpoint.resolve(cell.run))
-    if (replace(config, run=cell.config.run), config.run.seed) != (cell.config, cell.config.run.seed):
-        raise ValueError(f"{cell.run} was trained with other settings than its row has now; choose another --folder")
+def refuse_other_settings(config: Config) -> None:
+    """Raises ValueError if there is a trained model in this run's place, but of another configuration."""
+    folder = checkpoint.step_folder(Path(config.run.dir), config.run.steps)
+    if folder.is_dir():
+        found = checkpoint.read_config(folder)
+        if (replace(found, run=config.run), found.run.seed) != (config, config.run.seed):
+            raise ValueError(f"{config.run.dir} was trained with other settings than its row has now; choose another "
+                             "--folder")  # fmt: skip
 
 
 def learn(cell: Cell) -> None:
@@ -396,8 +400,8 @@ def notes(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
 
 Right: an independent classifier recognises the digit that was asked for, or the oracle reads colour, shape, size and
 place of the caption in the picture; {rows[0]["pictures"]} pictures per cell and seed. Frechet distance: of raw gray
-pixels to the test split, on shapes of means over 8 x 8 parts to held-out pictures;
-look at both, since blurred digits, means over what a patch could be, are recognised best.
+pixels to the test split, on shapes of 8 x 8 means to held-out pictures. Look at both, since blurred digits, means over
+what a patch could be, are recognised best.
 Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures.
 Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
 Whole images are drawn by the Transformer itself, which is evaluated as often for all patches at once.
@@ -421,7 +425,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         for name, points in lines.items():
             if len(points) > 1:
                 axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
-        axes.set(xlabel="evaluations of the head per patch", ylabel=key.replace("_", " "), xscale="log", title=data)
+        axes.set(xlabel="evaluations per patch", ylabel=key.replace("_", " "), xscale="log", title=data)
         if key == "frechet_distance":
             axes.set_yscale("log")
         if axes.lines:

@@ -39,7 +39,7 @@ def run(
     engine = TorchEngine(model, settled, ranks)
     average = WeightAverage(engine.parts(), settled.optim.ema_decay)
     rows = pipeline.StepRows(pipeline.make_mixture(settled, encoder, "train"), settled, 0, 1)
-    phases: dict[str, float] = dict.fromkeys(("make rows", "forward and backward", "clip and AdamW", "average"), 0.0)
+    phases: dict[str, float] = dict.fromkeys(("make rows", "forward and backward", "clip and update", "average"), 0.0)
 
     def step(number: int) -> None:
         marks = [time.perf_counter()]

@@ -83,10 +83,11 @@ class Streams:
         documents = model.attended(documents, self.grid(read_U, slots))
         hidden_USD, states = model.backbone.prefill(x_USD, angles, documents, self.token_RT.shape[1])
         copy_R = torch.tensor([place[row] for row in like], device=device)
-        self.states = [
-            type(state)(**{name: value.index_select(0, copy_R) for name, value in vars(state).items()})
-            for state in states
-        ]
+        if copy_R.tolist() != list(range(len(own))):
+            for state in states:
+                for name, value in vars(state).items():
+                    setattr(state, name, value.index_select(0, copy_R))
+        self.states = states
         self.hidden_RD = hidden_USD[copy_R, self.length_R - 1]
 
     def grid(self, row_X: slice | list[int] | Tensor, slots: slice = slice(None)) -> Grid:

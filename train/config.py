@@ -316,7 +316,9 @@ class Config:
             raise ValueError("optim.commit_weight is 0; with model.vq.codebook simvq it must be positive, "
                              "as nothing else moves the codewords")  # fmt: skip
         if self.optim.muon_lr is not None and self.engine.backend == "deepspeed":
-            raise ValueError("optim.muon_lr needs engine.backend torch, since Muon works on whole matrices")
+            raise ValueError(
+                "optim.muon_lr needs engine.backend torch, as Muon works on whole matrices; set it to null"
+            )
         most = max(data.max_patches, *(stage.max_patches or 0 for stage in data.stages), 0)
         if "vq" in self.model.layer_kinds and self.model.vq.window < most:
             raise ValueError(f"model.vq.window is {self.model.vq.window}; it must be at least data.max_patches "

@@ -19,7 +19,8 @@ from model.batch import Batch
 from model.ropeway import Losses, Ropeway
 from train.config import Config, OptimSection
 from train.generator import build_model, load_weights
-from train.optimizer import MOMENTS, MUON_MOMENTS, Muon, optimizers
+from train.optimizer import MOMENTS, MUON_MOMENTS, Muon
+from train.optimizer import optimizers as make_optimizers
 from train.precision import autocast, uses_bf16
 from train.ranks import Ranks
 
@@ -99,7 +100,7 @@ class TorchEngine:
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # codebooks: all ranks make the same step of them
             )
-        self.optimizers = optimizers(self.model, self.optim)
+        self.optimizers = make_optimizers(self.model, self.optim, self.bf16)
 
     def micro_step(self, batch: Batch, counts: Counts, is_last: bool) -> Losses:
         with self.parallel.no_sync() if self.parallel and not is_last else contextlib.nullcontext():

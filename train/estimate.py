@@ -33,7 +33,7 @@ class Estimate:
     weights: int
     gradients: int
     optimizer: int
-    """Moments of AdamW and Muon, and ZeRO's own float32 copy of the weights."""
+    """Moments of AdamW and Muon, and ZeRO's own float32 copy of the weights; not what Muon works on at a time."""
     average: int
     casts: int
     """bfloat16 copies of the weights, which autocast makes and the backward pass uses."""

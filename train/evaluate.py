@@ -311,7 +311,11 @@ def main() -> None:
         "--weights", default="ema", choices=["ema", "raw"], help="averaged or raw weights (default: ema)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: eval/ in the run folder)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results (default: eval/ in the run folder, or beside a checkpoint outside of one)",
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     arguments = parser.parse_args()
     with working(2):
@@ -334,6 +338,7 @@ def main() -> None:
         sizes = {"digits": [(digits_source.SIDE,) * 2], "shapes": (config.data.shapes or ShapesSection()).canvases}
         for size in sizes.get(arguments.suite, ()):
             generator.grid(*size)
+        folder = folder.resolve()
         run = folder.parent.parent
         out = arguments.out or (run if checkpoint.folder_of(run) == folder.parent else folder.parent) / "eval"
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())

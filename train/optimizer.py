@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from train.config import OptimSection
-from train.precision import bf16_units
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of every parameter, beside the number of its steps."""
@@ -19,14 +18,14 @@ _TOGETHER = 8
 """Matrices of one shape that Muon works on at a time: more take memory and save little."""
 
 
-def optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, config: OptimSection, bf16: bool) -> list[torch.optim.Optimizer]:
     """What updates the parameters: AdamW alone, or with `muon_lr` Muon for the matrices that decay and AdamW for the
-    rest. Groups hold in `scale` what the scheduled rate is multiplied with."""
+    rest. Groups hold in `scale` what the scheduled rate is multiplied with. bf16: what Muon multiplies in."""
     if config.muon_lr is None:
         return [adamw(model, config)]
     decayed, free = _decayed_and_free(model)
     matrices = {"params": decayed, "weight_decay": config.weight_decay, "scale": config.muon_lr / config.lr}
-    return [Muon([matrices], config.muon_lr), _adamw([{"params": free, "weight_decay": 0.0}], config)]
+    return [Muon([matrices], config.muon_lr, bf16), _adamw([{"params": free, "weight_decay": 0.0}], config)]
 
 
 def adamw(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
@@ -57,12 +56,13 @@ class Muon(torch.optim.Optimizer):
     matrix (Muon, github.com/KellerJordan/Muon; Nesterov's momentum 0.95). The factor gives steps the size that AdamW's
     usually have (arXiv 2502.16982), so the learning rates compare.
 
-    Unlike torch.optim.Muon it works on matrices of one shape together, and in float32 where bfloat16 is slow: on CPUs
-    without units for it.
+    Unlike torch.optim.Muon it works on matrices of one shape together, and in float32 where bfloat16 is not wanted: on
+    CPUs without units for it that is many times slower.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], lr: float, bf16: bool) -> None:
         super().__init__(groups, {"lr": lr})
+        self.bf16 = bf16
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -77,19 +77,23 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, matrices: list[Tensor], lr: float, decay: float) -> None:
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
-        averages = [self.state[m].setdefault("momentum_buffer", torch.zeros_like(m)) for m in matrices]
+        for matrix in matrices:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - _MOMENTUM)
-        steps = orthogonalised(torch.stack(torch._foreach_lerp(gradients, averages, _MOMENTUM)))
+        steps = orthogonalised(torch.stack(torch._foreach_lerp(gradients, averages, _MOMENTUM)), self.bf16)
         torch._foreach_mul_(matrices, 1 - lr * decay)
         torch._foreach_add_(matrices, list(steps), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
-def orthogonalised(x_NRC: Tensor) -> Tensor:
-    """Five Newton-Schulz steps towards the orthogonal factor U V^T of each matrix U S V^T: singular values end within
-    0.68 and 1.14 of it unless they were below a hundredth of the matrix's norm. Returns (N, R, C) of the same type."""
+def orthogonalised(x_NRC: Tensor, bf16: bool) -> Tensor:
+    """Five Newton-Schulz steps towards the orthogonal factor U V^T of each matrix U S V^T: singular values end between
+    0.68 and 1.14, but those below a hundredth of the matrix's norm. bf16: multiply in bfloat16, with errors of some
+    hundredths. Returns (N, R, C) of the same type."""
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x_NRC.mT if x_NRC.shape[1] > x_NRC.shape[2] else x_NRC
-    y = (y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if bf16_units(y.device) else y.dtype)
+    y = (y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if bf16 else y.dtype)
     for _ in range(5):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)

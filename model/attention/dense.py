@@ -16,7 +16,8 @@ into vectors follows their number, and the rounding of a sample must not depend 
 
 FLOAT_UP_TO = 512
 """On CPUs documents up to this length are attended in float32, where the fused kernel in bfloat16 is up to 4.5 times
-slower (docs/decisions.md, 39). Groups of documents end here, so the others of a batch do not decide the precision."""
+slower (docs/decisions.md, 39). Groups of documents end here if their block divides it, so that
+the others of a batch do not decide the precision."""
 
 
 @dataclass

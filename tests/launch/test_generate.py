@@ -242,6 +242,7 @@ WRONG = [
     pytest.param(["--prompt", "a", "--num-images", "0"], "--num-images is 0", id="no-images"),
     pytest.param(["--prompt", "a", "--batch-size", "0"], "--batch-size is 0", id="batch-size"),
     pytest.param(["--prompt", "a", "--grid", "-1"], "--grid is -1", id="grid"),
+    pytest.param(["--image", "b.png", "--grid", "2"], "--grid is for pictures of --prompt", id="grid-of-captions"),
     pytest.param(["--prompt", "a", "--guidance", "-1"], "guidance scale is -1.0", id="guidance"),
     pytest.param(["--prompt", "a", "--guidance-interval", "0.9", "0.1"], "guidance interval", id="interval"),
     pytest.param(["--prompt", "a", "--top-p", "0"], "0 < top_p <= 1", id="top-p"),

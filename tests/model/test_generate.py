@@ -36,6 +36,7 @@ from tests.model.support import (
     slots_of,
     tiny_config,
 )
+from train.precision import bf16_units
 
 V = VOCABULARY
 
@@ -250,6 +251,7 @@ def test_samples_do_not_depend_on_their_batch(dim, width, patch_size, scale, thr
         torch.set_num_threads(1)
 
 
+@pytest.mark.skipif(not bf16_units(torch.device("cpu")), reason="this processor has no units for bfloat16")
 def test_samples_in_bf16_do_not_depend_on_longer_ones_of_their_batch() -> None:
     """On CPUs short documents are attended in float32, long ones in bfloat16."""
     model, rng = build(), np.random.default_rng(0)

@@ -66,9 +66,9 @@ def work(config: Config, out: str) -> None:
     save_file(tensors, f"{out}-{ranks.rank}.safetensors")
 
 
-def results(folder: Path, world: int, micro: int) -> list[dict[str, Tensor]]:
+def results(folder: Path, world: int, micro: int, muon_lr: float | None = None) -> list[dict[str, Tensor]]:
     """What every rank wrote."""
-    config = replace(CONFIG, engine=EngineSection(micro_batches=micro))
+    config = replace(CONFIG, engine=EngineSection(micro_batches=micro), optim=replace(CONFIG.optim, muon_lr=muon_lr))
     out = folder / f"{world}-{micro}"
     environments: list[dict[str, str]] = ranks_of(world) if world > 1 else [{}]
     started = [start_function(folder / f"{rank}", work, (config, str(out)), e) for rank, e in enumerate(environments)]
@@ -148,6 +148,16 @@ def test_any_split_gives_the_same_gradients_and_weights(
 def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
     first, second = results(tmp_path, 2, 1)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_muon_on_two_ranks(tmp_path: Path, whole: dict[str, Tensor]) -> None:
+    first, second = results(tmp_path, 2, 1, muon_lr=1e-3)
+    (alone,) = results(tmp_path, 1, 1, muon_lr=1e-3)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert distance(gradients(first, 0), gradients(alone, 0)) < GRADIENT_TOLERANCE
+    assert distance(part(first, "weights"), part(alone, "weights")) < 10 * WEIGHT_TOLERANCE
+    assert part(first, "momentum_buffer").keys() == part(alone, "momentum_buffer").keys() != set()
+    assert distance(part(alone, "weights"), part(whole, "weights")) > 100 * WEIGHT_TOLERANCE
 
 
 def test_a_mean_of_means_is_another_gradient(whole: dict[str, Tensor]) -> None:

@@ -194,6 +194,17 @@ def test_wrong_options(run: Path, arguments: list[str], words: str) -> None:
     assert_one_line(result, 2, words)
 
 
+def test_a_suite_of_pictures_that_the_model_cannot_draw(tmp_path: Path) -> None:
+    place = f"--run.dir={tmp_path / 'run'}"
+    large = ("--model.patch_size=16", "--data.shapes.canvases=[[16, 16]]")
+    trained = start(tmp_path / "out", "train", *TINY, place, "--run.stop_after=1", *large).finish()
+    assert trained.status == 0, trained.err
+    step = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    result = start(tmp_path / "out", "train.evaluate", "--checkpoint", step, "--suite=digits").finish()
+    assert_one_line(result, 2, "a picture of 8 x 8 pixels cannot be drawn")
+    assert not list(tmp_path.rglob("eval"))
+
+
 def test_missing_checkpoint(tmp_path: Path) -> None:
     result = start(tmp_path, "train.evaluate", "--checkpoint", tmp_path / "none", "--suite=shapes").finish()
     assert_one_line(result, 2, "no sound checkpoint there")
