@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -417,8 +418,9 @@ def figure(rows: Sequence[Row]) -> Figure:
     plain = [row for row in rows if row["drawn"] == f"{row['sampler']} {row['steps']}"]
     panels = [(data, "accuracy_percent") for data in dict.fromkeys(str(row["data"]) for row in rows)]
     panels += [("digits", "frechet_distance")] * (("digits", "accuracy_percent") in panels)
-    result = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    result = Figure(figsize=(5.5 * len(panels), 6), layout="constrained")
     for axes, (data, key) in zip(result.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set_prop_cycle(color=[colormaps["tab20"](n) for n in range(20)])
         lines: dict[str, dict[int, float]] = {}
         for (row, drawn), (count, value) in average(plain, data, key).items():
             lines.setdefault(f"{model[row]}, {drawn.split()[0]}", {})[count] = value
@@ -429,5 +431,5 @@ def figure(rows: Sequence[Row]) -> Figure:
         if key == "frechet_distance":
             axes.set_yscale("log")
         if axes.lines:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return result
