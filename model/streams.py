@@ -82,8 +82,9 @@ class Streams:
         documents = Documents.of(valid.long(), KEY_MULTIPLE, model.config.block).to(device)
         documents = model.attended(documents, self.grid(read_U, slots))
         hidden_USD, states = model.backbone.prefill(x_USD, angles, documents, self.token_RT.shape[1])
-        copy_R = torch.tensor([place[row] for row in like], device=device)
-        if copy_R.tolist() != list(range(len(own))):
+        copies = [place[row] for row in like]
+        copy_R = torch.tensor(copies, device=device)
+        if copies != list(range(len(own))):
             for state in states:
                 for name, value in vars(state).items():
                     setattr(state, name, value.index_select(0, copy_R))

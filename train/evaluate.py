@@ -338,9 +338,8 @@ def main() -> None:
         sizes = {"digits": [(digits_source.SIDE,) * 2], "shapes": (config.data.shapes or ShapesSection()).canvases}
         for size in sizes.get(arguments.suite, ()):
             generator.grid(*size)
-        folder = folder.resolve()
-        run = folder.parent.parent
-        out = arguments.out or (run if checkpoint.folder_of(run) == folder.parent else folder.parent) / "eval"
+        place = folder.resolve().parent
+        out = arguments.out or (place.parent if checkpoint.folder_of(place.parent) == place else place) / "eval"
         task = Task(generator, config, sampling, num, arguments.seed, out, sys.stderr.isatty())
     with working(1):
         result = evaluate(task, arguments.suite, folder)
