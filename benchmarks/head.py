@@ -1,7 +1,8 @@
 """What each choice of the diffusion head buys: one factor at a time around the default, then samplers and steps.
 
 A cell is one way to draw from one trained model; its scores are a file in the model's run folder. A killed table goes
-on where it was: models resume, and cells that have scores are not computed again.
+on where it was: models resume, and cells that have scores are not computed again. Where the folder is lost, result
+files of earlier tables (`--known`) tell what need not be measured again.
 """
 
 import json
@@ -12,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.head_rows import SETTINGS, Setting, label
-from benchmarks.report import Result, Row
+from benchmarks.report import Result, Row, commit
 from model.diffusion.path import PATHS
 from model.diffusion.sampler import LEARNED, SAMPLERS, evaluations, grid_of
 from model.sampling import Sampling
@@ -36,7 +37,7 @@ from train.generator import Generator
 from train.loop import set_up, train
 
 ROOT = Path(__file__).parents[1]
-BASES = {"digits": ("configs/digits.yaml", 600), "shapes": ("configs/quickstart.yaml", 800)}
+BASES = {"digits": ("configs/digits.yaml", 600), "shapes": ("configs/quickstart.yaml", 400)}
 """The configuration that is varied, and its steps: fewer than its own, so that the table takes hours."""
 ACCURACY = {"digits": "recognised as prompted", "shapes": "one object, drawn, all"}
 SOLVER_UPDATES = 100
@@ -61,6 +62,11 @@ class Cell:
         return Path(self.config.run.dir)
 
     @property
+    def name(self) -> tuple[object, ...]:
+        """What tells its row in a result file from the others."""
+        return self.data, self.setting.name, self.seed, label(self.sampling), self.pictures, self.config.run.steps
+
+    @property
     def scores(self) -> Path:
         return self.run / "scores" / f"{_slug(label(self.sampling))}-{self.pictures}.json"
 
@@ -81,6 +87,7 @@ def run(
     steps: int | None = None,
     minutes: float | None = None,
     folder: Path = Path("runs/head"),
+    known: list[Path] | None = None,
 ) -> Result:
     """Train and draw what has no scores yet, and return the table of all that was asked for.
 
@@ -89,9 +96,10 @@ def run(
         rows: names of rows, or of their factors; default: all.
         seeds: models per row, with seeds 0, 1, ...
         pictures: drawn per cell (shapes: 537 at most).
-        steps: training steps of every model; default 600 on digits, 800 on shapes.
+        steps: training steps of every model; default 600 on digits, 400 on shapes.
         minutes: begin nothing new after this time, and write the table of what there is.
         folder: of the runs and scores.
+        known: result files of earlier tables; what they hold is taken from there.
     """
     for name, value in (("seeds", seeds), ("pictures", pictures), ("steps", 1 if steps is None else steps)):
         if value < 1:
@@ -99,15 +107,30 @@ def run(
     cells = plan(("digits", "shapes") if data == "both" else (data,), rows, seeds, pictures, steps, folder)
     for config in {str(config.run.dir): config for cell in cells for config in (cell.default, cell.config)}.values():
         refuse_other_settings(config)
+    measured = read_known(known or [])
+    todo = [cell for cell in cells if cell.name not in measured and not cell.scores.is_file()]
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    announce(cells)
-    for cell in cells:
+    announce(todo, len(cells))
+    for cell in todo:
         if time.monotonic() > end:
             print(f"{minutes:g} minutes have passed; the same command goes on from here", file=sys.stderr)
             break
-        if not cell.scores.is_file():
-            work(cell)
-    return report(cells)
+        work(cell)
+    return report(cells, measured)
+
+
+def read_known(files: Sequence[Path]) -> dict[tuple[object, ...], Row]:
+    """The rows of result files, by Cell.name, each with the commit that measured it. Raises ValueError for others."""
+    found: dict[tuple[object, ...], Row] = {}
+    for path in files:
+        try:
+            result = json.loads(path.read_text())
+            for row in result["rows"]:
+                keys = ("data", "row", "seed", "drawn", "pictures", "training_steps")
+                found[tuple(row[key] for key in keys)] = row | {"commit": row.get("commit") or result["commit"]}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"--known {path} is not a result file of this benchmark: {error!r}") from error
+    return found
 
 
 def plan(data: Sequence[str], rows: list[str] | None, seeds: int, pictures: int, steps: int | None, folder: Path
@@ -213,13 +236,12 @@ def train_model(config: Config) -> None:
         raise SystemExit(f"stopped at step {run.step} of {config.run.dir}; the same command goes on from there")
 
 
-def announce(cells: Sequence[Cell]) -> None:
+def announce(cells: Sequence[Cell], planned: int) -> None:
     """Print what is to do, with the time that measured steps and pictures of each model promise."""
     total = 0.0
     by_model: dict[Path, list[Cell]] = {}
     for cell in cells:
-        if not cell.scores.is_file():
-            by_model.setdefault(cell.run, []).append(cell)
+        by_model.setdefault(cell.run, []).append(cell)
     measured: dict[str, Scores] = {}
     for path, todo in by_model.items():
         config = todo[0].config
@@ -234,9 +256,7 @@ def announce(cells: Sequence[Cell]) -> None:
         total += training + drawing
         print(f"{path.relative_to(path.parents[2])}: {training / 60:.1f} min of training, {drawing / 60:.1f} min of "
               f"drawing, {len(todo)} cell(s)", file=sys.stderr)  # fmt: skip
-    print(
-        f"to do: {sum(map(len, by_model.values()))} of {len(cells)} cells, about {total / 3600:.1f} h", file=sys.stderr
-    )
+    print(f"to do: {len(cells)} of {planned} cells, about {total / 3600:.1f} h", file=sys.stderr)
 
 
 def _evaluations(sampling: Sampling) -> int:
@@ -276,12 +296,13 @@ def speed(config: Config) -> Scores:
             "picture": taken[0]}  # fmt: skip
 
 
-def report(cells: Sequence[Cell]) -> Result:
-    """The table of the cells that have scores."""
-    done = [cell for cell in cells if cell.scores.is_file()]
+def report(cells: Sequence[Cell], measured: Mapping[tuple[object, ...], Row]) -> Result:
+    """The table of the cells that have scores, here or in what was measured before."""
+    done = [cell for cell in cells if cell.scores.is_file() or cell.name in measured]
     if not done:
         raise ValueError("nothing was measured in the given time; start the same command again")
-    rows = [measurement(cell) for cell in done]
+    here = commit()
+    rows = [measurement(cell) | {"commit": here} if cell.scores.is_file() else measured[cell.name] for cell in done]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["row"], row["drawn"]), []).append(row)

@@ -60,7 +60,7 @@ def test_killed_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
     )
     monkeypatch.setattr(head, "SETTINGS", rows)
-    monkeypatch.setattr(head, "announce", lambda cells: None)
+    monkeypatch.setattr(head, "announce", lambda cells, planned: None)
     arguments = {"data": "digits", "rows": ["few steps"], "seeds": 1, "pictures": 10, "steps": 2, "folder": tmp_path}
     with pytest.raises(ValueError, match="nothing was measured"):
         head.run(**arguments, minutes=0)  # type: ignore[arg-type]
@@ -82,6 +82,22 @@ def test_killed_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(head, "SETTINGS", (changed, rows[1]))
     with pytest.raises(ValueError, match="trained with other settings"):
         head.run(**arguments)  # type: ignore[arg-type]
+
+
+def test_known_results_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "announce", lambda cells, planned: None)
+    worked: list[str] = []
+    monkeypatch.setattr(head, "work", lambda cell: worked.append(label(cell.sampling)))
+    old = row("default", "euler 16", 0, 97.0, 16) | {"training_steps": 2}
+    other_length = row("default", "heun 50", 0, 90.0, 99) | {"training_steps": 3}
+    file = tmp_path / "head.json"
+    file.write_text(json.dumps({"benchmark": "head", "commit": "abc", "rows": [old, other_length]}))
+    result = head.run("digits", ["default"], 1, 10, 2, folder=tmp_path, known=[file])
+    assert worked == ["heun 50"]
+    assert result.rows == [old | {"commit": "abc"}]
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"--known .*head.json is not a result file"):
+        head.run("digits", ["default"], 1, 10, 2, folder=tmp_path, known=[file])
 
 
 def row(name: str, drawn: str, seed: int, accuracy: float, evaluations: int) -> Row:
