@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.attention.documents import Documents
 from model.batch import to_bytes, to_pixels
+from model.config import HeadConfig
 from model.diffusion.field import Field
 from model.diffusion.path import PATHS
 from model.diffusion.sampler import grid_of
@@ -21,8 +22,7 @@ from model.writer import Writer
 
 
 class Brush:
-    """Draws the next patch of a set of samples, again and again. Nothing goes between host and device meanwhile but the
-    noise that some samplers add, at every evaluation."""
+    """Draws the next patch of a set of samples, again and again. Nothing goes between host and device meanwhile."""
 
     def __init__(self, model: Ropeway, writers: list[Writer], draws: list[int], streams: Streams,
                  sampling: Sampling) -> None:  # fmt: skip
@@ -37,22 +37,15 @@ class Brush:
         self.sample_N = torch.tensor(chosen, device=device)
         self.row_X = torch.cat([first + self.sample_N for first in streams.firsts])
         self.noise_NTP = pad_sequence([streams.noise[b] for b in chosen], batch_first=True)
+        self.key_NT = pad_sequence([streams.key[b] for b in chosen], batch_first=True)
         path = PATHS[config.path]
         self.times = grid_of(sampling.grid, sampling.steps, path, sampling.time_shift)
-        # Jumps are learned in powers of two, and Euler's steps of the uniform grid are jumps; all else is the flow.
-        jumps = sampling.sampler == "euler" and sampling.grid == "uniform" and sampling.time_shift == 1
-        steps = sampling.steps if jumps and sampling.steps.bit_count() == 1 else 0
-        self.shortcut_X = torch.full((len(self.row_X),), steps, device=device)
+        self.shortcut_X = torch.full((len(self.row_X),), jumps(sampling), device=device)
         self.sampler, self.noise_scale = sampler_of(model, sampling), config.noise_scale * (1 - self.times[0])
 
-        def random() -> Tensor:
-            fresh = {b: writers[b].fresh_P() for b in draws}
-            stacked_NP = torch.stack([fresh[b] for b in chosen])
-            return sampling.noise_temperature * stacked_NP.to(device, non_blocking=True)
-
         self.field = Field(
-            self.head, config, sampling.guidance, random, clamp=sampling.clamp,
-            learned_variance=config.objective == "ddpm" and sampling.sampler == "ddpm",
+            self.head, config, sampling.guidance, sampling.noise_temperature, sampling.clamp,
+            learned_variance=learns_variance(config, sampling),
         )  # fmt: skip
 
     def draw(self) -> None:
@@ -63,12 +56,25 @@ class Brush:
         ordinal_N = (row - 1) * cols + col
         condition_XW = self.head.condition(streams.hidden_RD[self.row_X], location_N4.repeat(len(streams.firsts), 1))
         if self.field.config.objective == "shortcut":
-            condition_XW = self.head.shortcut(condition_XW, self.shortcut_X)
-        self.field.begin(condition_XW, (ordinal_N / (rows * cols)).unsqueeze(1))
+            condition_XW = condition_XW + self.head.shortcut_in(self.shortcut_X)
         every_N = torch.arange(len(sample_N), device=sample_N.device)
+        key_N = self.key_NT[every_N, ordinal_N - 1]
+        self.field.begin(condition_XW, (ordinal_N / (rows * cols)).unsqueeze(1), key_N)
         z = self.noise_NTP[every_N, ordinal_N - 1] * self.noise_scale
         z = self.sampler(self.field, z, self.times, self.field.noise)
         streams.patch_RTP[self.row_X, streams.length_R[self.row_X]] = to_bytes(z).repeat(len(streams.firsts), 1)
+
+
+def jumps(sampling: Sampling) -> int:
+    """Of how many jumps a patch is drawn by a head that learned them, each 1 / n of the way; 0: as the flow goes. Jumps
+    are learned in powers of two, and Euler's steps of the uniform grid are jumps."""
+    plain = sampling.sampler == "euler" and sampling.grid == "uniform" and sampling.time_shift == 1
+    return sampling.steps if plain and sampling.steps.bit_count() == 1 else 0
+
+
+def learns_variance(head: HeadConfig, sampling: Sampling) -> bool:
+    """Whether the noise of a step is as large as the head says."""
+    return head.objective == "ddpm" and sampling.sampler == "ddpm"
 
 
 @dataclass
@@ -121,14 +127,14 @@ def paint(model: Ropeway, head: SequenceHead, writers: list[Writer], begun: list
         documents=model.attended(Documents.of(valid_RS.long().cpu()).to(device), grid),
     )  # fmt: skip
 
-    def random() -> Tensor:
-        fresh = [writers[b].fresh_P() for b in begun for _ in streams.noise[b]]
-        return sampling.noise_temperature * torch.stack(fresh).to(device)
-
-    field = Field(painter, config, sampling.guidance, random, sampling.clamp)  # type: ignore[arg-type]
+    field = Field(painter, config, sampling.guidance, sampling.noise_temperature, sampling.clamp,
+                  learned_variance=learns_variance(config, sampling))  # fmt: skip
     times = grid_of(sampling.grid, sampling.steps, PATHS[config.path], sampling.time_shift)
     z = torch.cat([streams.noise[b] for b in begun]) * config.noise_scale * (1 - times[0])
-    field.begin(z.new_zeros(len(z) * sampling.guidance.streams, 1), z.new_ones(len(z), 1))
+    condition_RD = z.new_zeros(len(z) * sampling.guidance.streams, model.config.dim)
+    if config.objective == "shortcut":
+        condition_RD = condition_RD + head.shortcut_in(torch.full((1,), jumps(sampling), device=device))
+    field.begin(condition_RD, z.new_ones(len(z), 1), torch.cat([streams.key[b] for b in begun]))
     patches_MP = to_bytes(sampler_of(model, sampling)(field, z, times, field.noise)).repeat(len(streams.firsts), 1)
     row_M, place_M = is_noised_RS.nonzero().unbind(1)
     streams.patch_RTP[row_R[row_M], place_M] = patches_MP

@@ -139,8 +139,8 @@ class ModelConfig:
     """Rank of a low-rank patch embedding (JiT uses 128 or 256); default: none."""
     image_mode: Literal["autoregressive", "transfusion"] = "autoregressive"
     """autoregressive: patch by patch, each drawn by the diffusion head. transfusion: all patches of an image by one
-    diffusion through the backbone, within which they see each other; of `head`, what the network and its number of
-    draws are has no meaning then. What follows a learned image in training sees it noised."""
+    diffusion through the backbone, within which they see each other; width, depth and draws of `head` have no meaning
+    then. What follows a learned image in training sees it noised."""
     context_noise: float = 0.0
     """Part of the documents whose learned images are shown noised to what follows them, while training. Otherwise the
     color of an object can be copied from its first patch, and hardly any patch teaches to read it in the caption."""
@@ -172,11 +172,9 @@ class ModelConfig:
         if self.positions not in LAYOUTS:
             raise ValueError(f"model.positions {self.positions!r} is unknown; choose one of {', '.join(LAYOUTS)}")
         if self.image_mode == "transfusion":
-            for name, value, wanted in (("head.objective", self.head.objective, "matching"),
-                                        ("context_noise", self.context_noise, 0)):  # fmt: skip
-                if value != wanted:
-                    raise ValueError(f"model.{name} {value} does not go with model.image_mode transfusion; "
-                                     f"choose {wanted}")  # fmt: skip
+            if self.context_noise:
+                raise ValueError(f"model.context_noise {self.context_noise} does not go with model.image_mode "
+                                 "transfusion; choose 0")  # fmt: skip
             if "vq" in self.layer_kinds:
                 raise ValueError("model.attention vq does not go with model.image_mode transfusion, whose patches see "
                                  "each other; choose dense")  # fmt: skip
@@ -240,7 +238,9 @@ class ModelConfig:
     def _head_parameters(self) -> int:
         width, depth, patch = self.head.width, self.head.depth, self.patch_width
         if self.image_mode == "transfusion":
-            return TIME_FEATURES * self.dim + self.dim + self.dim**2 + self.dim + (self.dim + 1) * patch
+            moves = SHORTCUTS * self.dim if self.head.objective == "shortcut" else 0
+            time = TIME_FEATURES * self.dim + self.dim + self.dim**2 + self.dim
+            return time + moves + (self.dim + 1) * patch * self.head.outputs
         blocks = depth * (5 * width**2 + 7 * width)
         final = 2 * width**2 + 2 * width + (width + 1) * patch * self.head.outputs
         time = TIME_FEATURES * width + width + width**2 + width
@@ -267,9 +267,11 @@ class ModelConfig:
         text = text_targets * self.dim * vocabulary_size
         rank = self.patch_bottleneck
         embed = patches * (self.patch_width * rank + rank * self.dim if rank else self.patch_width * self.dim)
-        draws = self.head.draws * self.head.evaluations if self.image_mode == "autoregressive" else 1
-        head = patch_targets * draws * self._head_parameters()
-        return 6.0 * (backbone + attention + text + embed + head)
+        head = patch_targets * self._head_parameters()
+        if self.image_mode == "transfusion":  # the backbone runs for every evaluation, over all images
+            passes = {"shortcut": 1 + 2 / 3, "consistency": 1 + 1 / 3}.get(self.head.objective, 1)
+            return 6.0 * (passes * (backbone + attention + embed + head) + text)
+        return 6.0 * (backbone + attention + text + embed + self.head.draws * self.head.evaluations * head)
 
 
 SHORTCUTS = 8

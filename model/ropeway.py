@@ -13,7 +13,8 @@ from model.attention.documents import Documents
 from model.batch import Batch, to_pixels
 from model.config import ModelConfig, Vocabulary
 from model.diffusion.head import DiffusionHead
-from model.diffusion.objective import Case, draw, head_loss, matching
+from model.diffusion.objective import Draws, draw, head_loss, loss_of
+from model.diffusion.path import PATHS, noised
 from model.diffusion.sequence import SequenceHead
 from model.diffusion.solver import LearnedMidpoint
 from model.positions import LAYOUTS, Grid
@@ -24,6 +25,7 @@ from model.transformer import Backbone
 TIME_BINS = 10
 """Equal parts of the time, 0 noise to 1 data, that the image loss is also summed in."""
 _CONTEXT_STREAM = 0x5EED_C0DE  # apart from the row's stream of times and noises of the diffusion head
+_IMAGE_STREAM = 0x1A6E_C0DE  # of the times of whole images
 Writable = Callable[[Tensor], AbstractContextManager]
 
 
@@ -207,33 +209,47 @@ class Ropeway(nn.Module):
         return Losses(text_N.sum(), image_M.sum() / head.draws, by_time, commit)
 
     def _whole_images(self, batch: Batch, head: SequenceHead) -> Losses:
-        """Loss sums where images are one diffusion inside the backbone: one time and one noise for each image that is
-        learned. The others are clean."""
+        """Loss sums where images are one diffusion inside the backbone: one time for each image that is learned. The
+        others are clean."""
         text_BS, image_BS = batch.targets()
-        config = replace(self.config.head, draws=1)
-        is_patch_BS = batch.rows_BS > 0
-        is_learned_N = batch.learn_BS[is_patch_BS]
-        learned_M, slot_M = is_learned_N.nonzero()[:, 0], (is_patch_BS & batch.learn_BS).flatten().nonzero()[:, 0]
-        clean_NP = to_pixels(batch.patches_NP)
-        draws = draw(image_BS.sum(1).tolist(), list(batch.seed_B), self.config.patch_width, config, clean_NP.device)
-        first_M = ((batch.row_BS == 1) & (batch.col_BS == 1)).flatten()[slot_M]
-        image_M = first_M.cumsum(0) - 1
-        draws = draws._replace(time_M1=draws.time_M1[first_M][image_M])
+        config, seeds = replace(self.config.head, draws=1), list(batch.seed_B)
+        is_patch_BS, clean_NP = batch.rows_BS > 0, to_pixels(batch.patches_NP)
+        is_learned_BS = is_patch_BS & batch.learn_BS
+        learned_M, slot_M = is_learned_BS[is_patch_BS].nonzero()[:, 0], is_learned_BS.flatten().nonzero()[:, 0]
+        first_BS = is_learned_BS & (batch.row_BS == 1) & (batch.col_BS == 1)
+        of_patches = draw(image_BS.sum(1).tolist(), seeds, self.config.patch_width, config, clean_NP.device)
+        image_seeds = [seed ^ _IMAGE_STREAM for seed in seeds]
+        of_images = draw(first_BS.sum(1).tolist(), image_seeds, 0, config, clean_NP.device)
+        image_M = first_BS.flatten()[slot_M].cumsum(0) - 1
+        draws = Draws(of_images.time_M1[image_M], of_patches.noise_MP, of_images.steps_M1[image_M])
+        x_MP = clean_NP[learned_M]
+        drawn = noised(x_MP, draws.noise_MP, PATHS[config.path].at(draws.time_M1)), draws.time_M1, draws.steps_M1
         hidden_XD: Tensor
 
-        def says(z_MP: Tensor, time_M: Tensor, _: Tensor) -> Tensor:
-            nonlocal hidden_XD
-            time_N = torch.ones_like(clean_NP[:, 0]).index_copy(0, learned_M, time_M)
-            noised_NP = clean_NP.index_copy(0, learned_M, z_MP)
-            x_BSD = self.embed(batch.token_BS, is_patch_BS, noised_NP, head.embed_time(time_N))
+        def says(z: Tensor, time: Tensor, steps: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
+            nonlocal hidden_XD  # in the end that of the pass which is trained, the last one
+            if chosen is not None:  # other images stay as they were drawn
+                assert steps is not None
+                z, time, steps = (_with(all_M, chosen, own) for all_M, own in zip(drawn, (z, time, steps), strict=True))
+            time_N = torch.ones_like(clean_NP[:, 0]).index_copy(0, learned_M, time[:, 0])
+            time_ND = head.embed_time(time_N)
+            if steps is not None:
+                time_ND = time_ND.index_add(0, learned_M, head.shortcut_in(steps[:, 0]))
+            noised_NP = clean_NP.index_copy(0, learned_M, z)
+            x_BSD = self.embed(batch.token_BS, is_patch_BS, noised_NP, time_ND)
             hidden_XD = self.read(x_BSD, self.angles(batch.grid), batch.documents, batch.grid)[0].flatten(0, 1)
-            return head(hidden_XD.index_select(0, slot_M))
+            out_MQ = head(hidden_XD.index_select(0, slot_M)).float()
+            return out_MQ if chosen is None else out_MQ[chosen]
 
-        case = Case(says, clean_NP.new_zeros(()), clean_NP[learned_M], draws, config, says)  # type: ignore[arg-type]
-        image_M = matching(case)
+        image_M = loss_of(says, x_MP, draws, config)
         text_slot = text_BS.flatten().nonzero()[:, 0]
         text_N = self.text_head(hidden_XD.index_select(0, text_slot), batch.token_BS.flatten()[text_slot + 1])
         return Losses(text_N.sum(), image_M.sum(), _by_time(image_M.detach(), draws.time_M1[:, 0]))
+
+
+def _with(all_MX: Tensor, chosen_M: Tensor, own_KX: Tensor) -> Tensor:
+    """A copy with other rows where chosen."""
+    return all_MX.index_put((chosen_M.nonzero()[:, 0],), own_KX)
 
 
 def _by_time(loss_M: Tensor, time_M: Tensor) -> Tensor:

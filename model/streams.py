@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from model.attention.dense import KEY_MULTIPLE
 from model.attention.documents import Documents
 from model.batch import to_pixels
+from model.noise import fold
 from model.positions import Grid
 from model.ropeway import Ropeway
 from model.writer import Prompt, Request, Writer
@@ -59,6 +60,8 @@ class Streams:
         self.patch_RTP[row, slot] = patches
         self.noise: dict[int, Tensor] = {}
         """Of the patches of the image that each sample draws, (patches, P)."""
+        self.key: dict[int, Tensor] = {}
+        """Of the noise that some samplers add to these patches (model.noise), (patches,)."""
         self._active: list[bool] = []
         seen: dict[bytes, int] = {}
         self.read(lengths, [seen.setdefault(_content(prompt), row) for row, prompt in enumerate(prompts)])
@@ -111,7 +114,10 @@ class Streams:
             self.rows_RT[row_X1, slot_XN] = rows
             self.cols_RT[row_X1, slot_XN] = cols
             self.positions_RT2[every] = self.model.positions(self.grid(every))
-        self.noise |= {b: writers[b].noise_NP().to(device) for b in samples}
+        for b in samples:
+            self.noise[b] = writers[b].noise_NP().to(device)
+            ordinal_N = torch.arange(writers[b].rows * writers[b].cols, device=device)
+            self.key[b] = fold(torch.full_like(ordinal_N, writers[b].image_key), ordinal_N)
 
     def places(self, row_N: Tensor) -> Tensor:
         """row, col, rows, cols of the next slot of some rows, (N, 4)."""

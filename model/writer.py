@@ -126,12 +126,13 @@ class Writer:
 
     def noise_NP(self) -> Tensor:
         """Noise of all patches of the image that has begun."""
-        self.image_random = torch.Generator().manual_seed(mix(self.request.seed, self.num_images))
-        return torch.randn(self.rows * self.cols, self.patch_width, generator=self.image_random)
+        generator = torch.Generator().manual_seed(self.image_key)
+        return torch.randn(self.rows * self.cols, self.patch_width, generator=generator)
 
-    def fresh_P(self) -> Tensor:
-        """More noise for the patch that is being drawn."""
-        return torch.randn(self.patch_width, generator=self.image_random)
+    @property
+    def image_key(self) -> int:
+        """What is random about the image that has begun is a function of this number."""
+        return mix(self.request.seed, self.num_images)
 
     def write_patch(self) -> None:
         """Take note that the next patch is drawn."""

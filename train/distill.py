@@ -13,7 +13,6 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,10 +93,10 @@ def distill_solver(generator: Generator, config: Config, steps: int, grid: str, 
         hidden_ND, location_N4, x_NP = patches(generator.model, batch)
         condition_NW = head.condition(hidden_ND, location_N4)
         if settings.objective == "shortcut":
-            condition_NW = head.shortcut(condition_NW, torch.zeros(len(x_NP), device=x_NP.device))
+            condition_NW = condition_NW + head.shortcut_in(torch.zeros(len(x_NP), device=x_NP.device))
         noise_NP = draws_of(batch, width, replace(settings, draws=1)).noise_MP
         ones_N1 = x_NP.new_ones(len(x_NP), 1)
-        field = Field(head, settings, Guidance(), partial(torch.randn_like, x_NP))
+        field = Field(head, settings, Guidance())
         field.begin(condition_NW, ones_N1)
         losses.append(update(solver_loss(solver, field, noise_NP * (1 - times[0]), times), solver, optimizer))
     return solver, losses

@@ -272,7 +272,7 @@ def _in_linears(model: ModelConfig) -> int:
 def _decayed(model: ModelConfig) -> int:
     """Numbers in the matrices that decay."""
     if model.image_mode == "transfusion":
-        head = model.dim * (TIME_FEATURES + model.dim + model.patch_width)
+        head = model.dim * (TIME_FEATURES + model.dim + model.patch_width * model.head.outputs)
     else:
         width, depth, patch = model.head.width, model.head.depth, model.patch_width
         head = width * (patch + model.dim + LOCATION_FEATURES + TIME_FEATURES + width)

@@ -31,7 +31,7 @@ class DiffusionHead(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, patch * config.head.outputs)
         if config.head.objective == "shortcut":
-            self.shortcut_in = nn.Embedding(SHORTCUTS, width)
+            self.shortcut_in = MoveEmbedding(width)
         self.recompute = False
 
     def initialise(self, writable: Callable[[Tensor], AbstractContextManager] = nullcontext) -> None:
@@ -61,13 +61,6 @@ class DiffusionHead(nn.Module):
         features = sinusoid(edges, LOCATION_FEATURES // 4).flatten(-2)
         return self.condition_in(hidden_ND) + self.location_in(features.to(hidden_ND.dtype))
 
-    def shortcut(self, condition_MW: Tensor, steps_M: Tensor) -> Tensor:
-        """The condition with the wish to move over 1 / steps of the way in one go (steps 1, 2, ..., 64); from 128 on,
-        or 0, the velocity is that of the flow. Returns (M, W)."""
-        steps_M = torch.where(steps_M == 0, 1 << (SHORTCUTS - 1), steps_M.long())
-        size_M = (SHORTCUTS - 1 - steps_M.float().log2().round().long()).clamp_min(0)
-        return condition_MW + self.shortcut_in(size_M)
-
     def embed_time(self, time_M: Tensor) -> Tensor:
         """What is added to the condition for times in [0, 1], 0 is noise. Returns (M, W)."""
         features = sinusoid(time_M * self.time_scale, TIME_FEATURES)
@@ -87,6 +80,19 @@ class DiffusionHead(nn.Module):
                 u_MW = block(u_MW, modulator_MW)
         shift, scale = self.final_modulation(modulator_MW).chunk(2, dim=-1)
         return self.patch_out(F.layer_norm(u_MW, u_MW.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class MoveEmbedding(nn.Embedding):
+    """What the wish to move over 1 / steps of the way in one go adds to a condition (steps 1, 2, ..., 64); from 128 on,
+    or 0, the velocity is that of the flow (arXiv 2410.12557)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(SHORTCUTS, width)
+
+    def forward(self, steps_M: Tensor) -> Tensor:
+        """(M, W)"""
+        steps_M = torch.where(steps_M == 0, 1 << (SHORTCUTS - 1), steps_M.long())
+        return super().forward((SHORTCUTS - 1 - steps_M.float().log2().round().long()).clamp_min(0))
 
 
 class _Block(nn.Module):

@@ -64,9 +64,16 @@ def _steps(draws: int, config: HeadConfig, generator: torch.Generator) -> Tensor
         return zeros_M1
     if config.objective == "shortcut":  # every fourth draw, in a size that is as likely as any other
         size_M1 = torch.randint(SHORTCUTS - 1, (draws, 1), generator=generator, device=generator.device)
-        fourth_M1 = torch.arange(draws, device=generator.device).unsqueeze(1) % 4 == 3
+        first = generator.initial_seed() % 4  # rows may hold fewer than four
+        fourth_M1 = (first + torch.arange(draws, device=generator.device).unsqueeze(1)) % 4 == 3
         return torch.where(fourth_M1, 2.0**size_M1, zeros_M1)
     return zeros_M1 + (LEVELS if config.objective == "ddpm" else config.consistency_steps)
+
+
+Network = Callable[..., Tensor]
+"""What is trained, with what it knows of the draws: (z (K, P), time (K, 1), steps (K, 1), chosen (M,)) -> what it says,
+(K, P), with learned variance (K, 2P), float32. steps: of the moves that shortcuts are asked for; default: none.
+chosen: a mask of the K draws that are asked about; default: all of them."""
 
 
 def head_loss(head: DiffusionHead, hidden_ND: Tensor, location_N4: Tensor, x_NP: Tensor, draws: Draws,
@@ -81,31 +88,37 @@ def head_loss(head: DiffusionHead, hidden_ND: Tensor, location_N4: Tensor, x_NP:
     head), and a trained flow of the same prediction that says where the first step of the way goes (default: the data).
     """
 
-    def speaker(one: DiffusionHead) -> Speaker:
-        return one, one.condition(hidden_ND, location_N4).repeat_interleave(config.draws, dim=0)
+    def network(one: DiffusionHead) -> Network:
+        condition_MW = one.condition(hidden_ND, location_N4).repeat_interleave(config.draws, dim=0)
 
-    own = speaker(head)
+        def says(z: Tensor, time: Tensor, steps: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
+            condition = condition_MW if chosen is None else condition_MW[chosen]
+            if steps is not None:
+                condition = condition + one.shortcut_in(steps[:, 0])
+            return one(z, time[:, 0], condition).float()
+
+        return says
+
     x_MP = x_NP.float().repeat_interleave(config.draws, dim=0)
-    average_or_own, teacher_or_none = speaker(average) if average else own, speaker(teacher) if teacher else None
-    return OBJECTIVES[config.objective](Case(*own, x_MP, draws, config, average_or_own, teacher_or_none))
+    return loss_of(network(head), x_MP, draws, config, average and network(average), teacher and network(teacher))
 
 
-Speaker = tuple[DiffusionHead, Tensor]
-"""A head and its conditions of the draws, (M, W)."""
+def loss_of(network: Network, x_MP: Tensor, draws: Draws, config: HeadConfig, average: Network | None = None,
+            teacher: Network | None = None) -> Tensor:  # fmt: skip
+    """The same for any network; x_MP: the clean patch of every draw."""
+    return OBJECTIVES[config.objective](Case(network, x_MP, draws, config, average or network, teacher))
 
 
 @dataclass(frozen=True)
 class Case:
     """The draws of a batch, and what all objectives need of them."""
 
-    head: DiffusionHead
-    """Or, for matching, what does its work: (z, time, condition) -> prediction."""
-    condition_MW: Tensor
+    network: Network
     x_MP: Tensor
     draws: Draws
     config: HeadConfig
-    average: Speaker
-    teacher: Speaker | None = None
+    average: Network
+    teacher: Network | None
 
     @property
     def path(self) -> Path:
@@ -142,8 +155,7 @@ def _pooled(values_MP: Tensor, size: int) -> Tensor:
 
 def matching(case: Case) -> Tensor:
     time_M1, noise_MP, _ = case.draws
-    predicted_MP = case.head(case.z(time_M1), time_M1[:, 0], case.condition_MW).float()
-    return case.error(predicted_MP, case.x_MP, noise_MP)
+    return case.error(case.network(case.z(time_M1), time_M1), case.x_MP, noise_MP)
 
 
 def ddpm(case: Case) -> Tensor:
@@ -151,8 +163,7 @@ def ddpm(case: Case) -> Tensor:
     variance only. The last step, to t = 1, adds no noise and has none."""
     time_M1, noise_MP, steps_M1 = case.draws
     z_MP = case.z(time_M1)
-    out_MQ = case.head(z_MP, time_M1[:, 0], case.condition_MW).float()
-    predicted_MP, spread_MP = out_MQ.chunk(2, dim=1)
+    predicted_MP, spread_MP = case.network(z_MP, time_M1).chunk(2, dim=1)
     at = case.path.at(time_M1)
     x_MP = convert(predicted_MP.detach(), case.config.prediction, "x", z_MP, at, case.config.time_eps)
     last_M1 = time_M1 * steps_M1 > steps_M1 - 1.5
@@ -173,22 +184,20 @@ def log_variance(spread: Tensor, sigmas: Tensor) -> Tensor:
 def shortcut(case: Case) -> Tensor:
     """Three draws in four learn the flow; the fourth that a jump is the mean of two of half the size, which are not
     trained."""
-    head, (time_M1, noise_MP, steps_M1) = case.head, case.draws
+    time_M1, noise_MP, steps_M1 = case.draws
     z_MP, jumps_M = case.z(time_M1), steps_M1[:, 0] > 0
     x_MP, noise_MP = case.x_MP.clone(), noise_MP.clone()
     with torch.no_grad():
         z, time, half = z_MP[jumps_M], time_M1[jumps_M], 0.5 / steps_M1[jumps_M]
-        condition = head.shortcut(case.condition_MW[jumps_M], 2 * steps_M1[jumps_M, 0])
 
         def velocity(z: Tensor, time: Tensor) -> Tensor:
-            out = head(z, time[:, 0], condition).float()
+            out = case.network(z, time, 2 * steps_M1[jumps_M], jumps_M)
             return convert(out, case.config.prediction, "v", z, case.path.at(time))
 
         first = velocity(z, time)
         v = (first + velocity(z + half * first, time + half)) / 2
         x_MP[jumps_M], noise_MP[jumps_M] = z + (1 - time) * v, z - time * v
-    condition_MW = head.shortcut(case.condition_MW, steps_M1[:, 0])
-    return case.error(head(z_MP, time_M1[:, 0], condition_MW).float(), x_MP, noise_MP)
+    return case.error(case.network(z_MP, time_M1, steps_M1), x_MP, noise_MP)
 
 
 def consistency(case: Case) -> Tensor:
@@ -200,9 +209,8 @@ def consistency(case: Case) -> Tensor:
     z_MP, after_M1 = case.z(time_M1), time_M1 + 1 / steps_M1
     last_M1 = time_M1 * steps_M1 > steps_M1 - 1.5
 
-    def ends(speaker: Speaker, z: Tensor, time_M1: Tensor) -> Tensor:
-        out = speaker[0](z, time_M1[:, 0], speaker[1]).float()
-        return convert(out, case.config.prediction, "x", z, case.path.at(time_M1))
+    def ends(network: Network, z: Tensor, time_M1: Tensor) -> Tensor:
+        return convert(network(z, time_M1), case.config.prediction, "x", z, case.path.at(time_M1))
 
     with torch.no_grad():
         way_MP = ends(case.teacher, z_MP, time_M1) if case.teacher else case.x_MP
@@ -210,7 +218,7 @@ def consistency(case: Case) -> Tensor:
         z = z_MP + (after_M1 - time_M1) / (1 - time_M1) * (way_MP - z_MP)
         x_MP = torch.where(last_M1, way_MP, ends(case.average, z, after_M1))
         noise_MP = convert(x_MP, "x", "eps", z_MP, case.path.at(time_M1))
-    return case.error(case.head(z_MP, time_M1[:, 0], case.condition_MW).float(), x_MP, noise_MP)
+    return case.error(case.network(z_MP, time_M1), x_MP, noise_MP)
 
 
 OBJECTIVES: dict[str, Callable[[Case], Tensor]] = {

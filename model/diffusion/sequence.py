@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TIME_FEATURES, ModelConfig
-from model.diffusion.head import sinusoid
+from model.diffusion.head import MoveEmbedding, sinusoid
 
 
 class SequenceHead(nn.Module):
@@ -22,7 +22,9 @@ class SequenceHead(nn.Module):
         self.time_scale = config.head.time_scale
         self.time_in = nn.Linear(TIME_FEATURES, config.dim)
         self.time_out = nn.Linear(config.dim, config.dim)
-        self.patch_out = nn.Linear(config.dim, config.patch_width)
+        self.patch_out = nn.Linear(config.dim, config.patch_width * config.head.outputs)
+        if config.head.objective == "shortcut":
+            self.shortcut_in = MoveEmbedding(config.dim)
 
     def initialise(self, writable: Callable[[Tensor], AbstractContextManager] = nullcontext) -> None:
         """N(0, 0.02) for the time embedding, zeros for the rest."""
@@ -40,5 +42,5 @@ class SequenceHead(nn.Module):
             return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """The clean patch, velocity or noise of every patch, (N, P)."""
+        """The clean patch, velocity or noise of every patch, (N, P); with learned variance (N, 2P)."""
         return self.patch_out(hidden_ND)

@@ -16,6 +16,7 @@ from model.attention.dense import DenseState
 from model.batch import Batch, to_bytes
 from model.brush import Brush
 from model.config import HeadConfig
+from model.diffusion.field import Field
 from model.diffusion.guidance import Guidance
 from model.diffusion.objective import OBJECTIVES
 from model.diffusion.path import PATHS
@@ -353,6 +354,28 @@ def test_noise_on_the_way_depends_on_the_sample_alone(sampler, objective) -> Non
     assert same(other[0], together[0]) != adds_noise
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_noise_temperature_is_a_factor_on_the_noise(path) -> None:
+    """Also of a learned variance; another key, and the next noise of the same patch, are others."""
+    config = HeadConfig(width=24, depth=2, path=path, objective="ddpm", noise_scale=1.5)
+    head = build(tiny_config(head=config)).diffusion_head
+    z, key, condition = torch.randn(4000, 12), torch.arange(4000), torch.zeros(4000, 24)
+
+    def noises(temperature: float, learned: bool) -> list[torch.Tensor]:
+        field = Field(head, config, Guidance(), temperature, learned_variance=learned)
+        field.begin(condition, torch.ones(4000, 1), key)
+        field(z, 0.5)
+        return [field.noise(0.5, 0.75) for _ in range(2)]
+
+    with torch.no_grad():
+        plain, cold, learned, cold_learned = (noises(t, which) for which in (False, True) for t in (1.0, 0.3))
+    torch.testing.assert_close(cold[0], 0.3 * plain[0])
+    torch.testing.assert_close(cold_learned[0], 0.3 * learned[0])
+    assert float(plain[0].std()) == pytest.approx(1.5, rel=0.01)
+    assert abs(float(torch.corrcoef(torch.stack([x.flatten() for x in plain]))[0, 1])) < 0.02
+    assert not torch.allclose(learned[0], plain[0])
+
+
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_patches_of_a_ddpm_path(path, grid, monkeypatch) -> None:
@@ -375,15 +398,10 @@ def test_patches_of_a_ddpm_path(path, grid, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "steps", "wish"), [("euler", 4, 4), ("euler", 3, 0), ("heun", 4, 0)])
-def test_shortcuts_are_asked_for_where_steps_are_jumps(sampler, steps, wish, monkeypatch) -> None:
+def test_shortcuts_are_asked_for_where_steps_are_jumps(sampler, steps, wish) -> None:
     model = build(tiny_config(head=head_of("shortcut")))
-    asked, shortcut = [], model.diffusion_head.shortcut
-
-    def recording(condition: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        asked.append(set(size.tolist()))
-        return shortcut(condition, size)
-
-    monkeypatch.setattr(model.diffusion_head, "shortcut", recording)
+    asked: list[set[float]] = []
+    model.diffusion_head.shortcut_in.register_forward_pre_hook(lambda _, steps: asked.append(set(steps[0].tolist())))
     generate(model, [image_request(1)], Sampling(sampler=sampler, steps=steps))
     assert asked == [{wish}] * 4
 
@@ -574,14 +592,17 @@ LEAKS = {
 
 
 @pytest.mark.parametrize(
-    ("objective", "path", "scale", "leak"),
+    ("objective", "path", "sampler", "scale", "leak"),
     [
-        *(("matching", "flow", 1.0, leak) for leak in LEAKS),
-        ("matching", "cosine", 2.0, "nothing"),
-        ("shortcut", "flow", 1.0, "nothing"),
+        *(("matching", "flow", "euler", 1.0, leak) for leak in LEAKS),
+        ("matching", "cosine", "heun", 2.0, "nothing"),
+        ("shortcut", "flow", "euler", 1.0, "nothing"),
+        ("matching", "flow", "sde", 1.0, "nothing"),
+        ("ddpm", "cosine", "ddpm", 2.0, "nothing"),
+        ("consistency", "flow", "consistency", 1.0, "nothing"),
     ],
 )
-def test_patches_need_no_word_between_host_and_device(objective, path, scale, leak, monkeypatch) -> None:
+def test_patches_need_no_word_between_host_and_device(objective, path, sampler, scale, leak, monkeypatch) -> None:
     """On the meta device, where nothing has a value that one could wait for; and nothing is sent per patch."""
     draw = Brush.draw
 
@@ -600,12 +621,12 @@ def test_patches_need_no_word_between_host_and_device(objective, path, scale, le
     # Once per prompt, and once at the end:
     monkeypatch.setattr(Streams, "read", reading)
     monkeypatch.setattr(Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
-    model = build(tiny_config(head=HeadConfig(width=24, depth=2, objective=objective, path=path))).to("meta")
+    model = build(tiny_config(head=replace(head_of(objective), path=path))).to("meta")
 
     def sent(grid: tuple[int, int]) -> int:
         requests = [Request(prompt_of([Words([1] * n)]), n, True, grid, max_text=0) for n in (1, 4)]
         with Transfers() as transfers:
-            generate(model, requests, Sampling(steps=4, guidance=Guidance(scale, "constant")))
+            generate(model, requests, Sampling(steps=4, sampler=sampler, guidance=Guidance(scale, "constant")))
         return transfers.count
 
     if leak in ("nothing", "upload", "numbers"):

@@ -195,7 +195,7 @@ class _Oracle(nn.Module):
     def condition(self, hidden: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
         return hidden
 
-    def shortcut(self, condition: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    def shortcut_in(self, steps: torch.Tensor) -> torch.Tensor:
         return steps[:, None]
 
     def forward(self, z: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -264,8 +264,8 @@ def test_pooled_noise() -> None:
 def shortcut_by_hand(head, z, t, n, condition):  # type: ignore[no-untyped-def]
     """The mean of two half jumps from (z, t), each of 1 / 2n, for a head that predicts v."""
     half = 1 / (2 * n)
-    first = head(z, t, head.shortcut(condition, 2 * n))
-    second = head(z + half[:, None] * first, t + half, head.shortcut(condition, 2 * n))
+    first = head(z, t, condition + head.shortcut_in(2 * n))
+    second = head(z + half[:, None] * first, t + half, condition + head.shortcut_in(2 * n))
     return (first + second) / 2
 
 
@@ -282,7 +282,7 @@ def test_shortcut_loss_by_hand() -> None:
         jumps = n > 0
         target = x - noise
         target[jumps] = shortcut_by_hand(head, z[jumps], t[jumps], n[jumps], condition[jumps])
-        expected = (head(z, t, head.shortcut(condition, n)) - target).square().mean(1)
+        expected = (head(z, t, condition + head.shortcut_in(n)) - target).square().mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -291,13 +291,12 @@ def test_shortcut_targets_have_no_gradient() -> None:
     head = build(tiny_config(head=config)).diffusion_head
     hidden, location, x = case(60)
     draws = draw([60], [9], 12, config, CPU)
-    loss = head_loss(head, hidden, location, x, draws, config).view(60, 4)
-    sizes = draws.steps_M1.view(60, 4)[:, 3]
+    loss, steps = head_loss(head, hidden, location, x, draws, config), draws.steps_M1[:, 0]
     # The wish for half the size is used for targets alone, so a jump's loss gives it no gradient.
-    (gradient,) = torch.autograd.grad(loss[:, 3][sizes == 1].sum(), [head.shortcut_in.weight], retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss[steps == 1].sum(), [head.shortcut_in.weight], retain_graph=True)
     assert gradient[7].abs().max() > 0
     assert (gradient[:7] == 0).all()
-    (gradient,) = torch.autograd.grad(loss[:, :3].sum(), [head.shortcut_in.weight])
+    (gradient,) = torch.autograd.grad(loss[steps == 0].sum(), [head.shortcut_in.weight])
     assert gradient[0].abs().max() > 0
     assert (gradient[1:] == 0).all()
 
@@ -306,7 +305,8 @@ def test_shortcut_targets_have_no_gradient() -> None:
 def test_shortcuts_of_a_constant_velocity_have_no_error(prediction) -> None:
     """One pair of patch and noise: the flow is a straight line, and every jump follows it."""
     config = head_config(draws=4, objective="shortcut", prediction=prediction)
-    hidden, location, _ = case(100)
+    _, location, _ = case(100)
+    hidden = torch.zeros(100, 1)  # the condition is then the wish alone
     x, noise = torch.randn(2, 1, 12).unbind(0)
 
     class Line(_Oracle):

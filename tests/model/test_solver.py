@@ -105,7 +105,7 @@ def test_every_patch_may_have_its_own_time(path, schedule) -> None:
     def field(chosen: list[int]) -> Field:
         rows = chosen + [4 + n for n in chosen]
         guidance = Guidance(2.5, schedule)
-        made = Field(head, config, guidance, lambda: z, clamp=True)
+        made = Field(head, config, guidance, clamp=True)
         made.begin(condition[rows], fraction[chosen])
         return made
 

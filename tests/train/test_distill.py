@@ -81,7 +81,7 @@ def test_a_broken_solver_is_one_line(run: Path) -> None:
 
 def end_of(head, config: HeadConfig, hidden: Tensor, location: Tensor, z: Tensor, steps: int) -> Tensor:  # type: ignore[no-untyped-def]
     """Where Euler's steps lead from noise."""
-    field = Field(head, config, Guidance(), lambda: z)
+    field = Field(head, config, Guidance())
     field.begin(head.condition(hidden, location), torch.ones(len(z), 1))
     return SAMPLERS["euler"](field, z, uniform_grid(steps))
 

@@ -233,9 +233,19 @@ def test_activations_on_a_gpu(shape: str, precision: str) -> None:
         VQ_SHAPES["simvq"],
         ("--optim.muon_lr=0.01",),
         ("--optim.muon_lr=0.01", "--model.head.objective=shortcut"),
-        ("--optim.muon_lr=0.01", "--model.image_mode=transfusion", "--model.head.draws=1"),
+        *(
+            ("--optim.muon_lr=0.01", "--model.image_mode=transfusion", f"--model.head.objective={objective}")
+            for objective in ("matching", "ddpm", "shortcut")
+        ),
     ],
-    ids=["dense", "vq", "simvq", "muon", "muon, shortcut", "muon, transfusion"],
+    ids=[
+        "dense",
+        "vq",
+        "simvq",
+        "muon",
+        "muon, shortcut",
+        *(f"muon, whole, {n}" for n in ("flow", "ddpm", "shortcut")),
+    ],
 )
 def test_state_of_the_torch_engine_is_exact(shape: tuple[str, ...]) -> None:
     config = config_of(*shape)
