@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.report import Result, Row
 from model.attention.codebook import VQConfig
-from model.attention.dense import DenseAttention, DenseState
+from model.attention.dense import DenseAttention, DenseState, rounded_up
 from model.attention.documents import Documents
 from model.attention.vq import VQAttention
 from model.rope import Rotation, frequencies, rotation
@@ -149,7 +149,7 @@ def _decoding(kind: nn.Module, length: int, heads: int, width: int, dtype: torch
     @torch.no_grad()
     def call() -> int:
         for step in range(length, length + steps):
-            kind.step(*one, angles, torch.tensor([step], device=device), step, state)  # type: ignore[operator]
+            kind.step(*one, angles, torch.tensor([step], device=device), rounded_up(step + 1), state)  # type: ignore[operator]
         if isinstance(kind, VQAttention):
             state.summed_B = (state.summed_B - steps).clamp(min=0)  # the next round decodes the same slots
         return sum(x.nbytes for x in vars(state).values())

@@ -121,6 +121,13 @@ class Ropeway(nn.Module):
         for block in (*self.backbone.layers, *(self.diffusion_head.blocks if self.diffusion_head else ())):
             block.compile()
 
+    def compile_drawing(self) -> None:
+        """torch.compile what draws patch by patch: a step of the backbone and an evaluation of the diffusion head.
+        Weights are laid out for the processor ("freezing"), so they must not change any more."""
+        self.backbone.step = torch.compile(self.backbone.step, options={"freezing": True})  # type: ignore[method-assign]
+        if self.diffusion_head:
+            self.diffusion_head.compile(options={"freezing": True})
+
     def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor,
               time_ND: Tensor | None = None) -> Tensor:  # fmt: skip
         """Token embeddings, with patches (in [-1, 1]) put into their slots in order. Returns (B, S, D).

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model.attention.dense import KEY_MULTIPLE
+from model.attention.dense import KEY_MULTIPLE, rounded_up
 from model.attention.documents import Documents
 from model.batch import to_pixels
 from model.noise import fold
@@ -114,10 +114,9 @@ class Streams:
             self.rows_RT[row_X1, slot_XN] = rows
             self.cols_RT[row_X1, slot_XN] = cols
             self.positions_RT2[every] = self.model.positions(self.grid(every))
-        for b in samples:
-            self.noise[b] = writers[b].noise_NP().to(device)
-            ordinal_N = torch.arange(writers[b].rows * writers[b].cols, device=device)
-            self.key[b] = fold(torch.full_like(ordinal_N, writers[b].image_key), ordinal_N)
+            key_X1 = torch.tensor([[writers[b].image_key] for b in alike], device=device)
+            self.key |= dict(zip(alike, fold(key_X1, ordinal_N), strict=True))
+        self.noise |= {b: writers[b].noise_NP().to(device) for b in samples}
 
     def places(self, row_N: Tensor) -> Tensor:
         """row, col, rows, cols of the next slot of some rows, (N, 4)."""
@@ -147,7 +146,8 @@ class Streams:
             is_patch_R = self.rows_RT[self.every_R, self.length_R] > 0
             x_R1D = torch.where(is_patch_R[:, None, None], patch_R1D.to(x_R1D.dtype), x_R1D)
         angles = self.model.rotation(self.positions_RT2[self.every_R, self.length_R].unsqueeze(1))
-        hidden = self.model.backbone.step(x_R1D, angles, self.length_R, self.longest, self.states)[:, 0]
+        reach = rounded_up(self.longest + 1)
+        hidden = self.model.backbone.step(x_R1D, angles, self.length_R, reach, self.states)[:, 0]
         self.hidden_RD = torch.where(self.active_R[:, None], hidden, self.hidden_RD)
         self.length_R = self.length_R + self.active_R
         self.longest += 1

@@ -112,10 +112,10 @@ class Backbone(nn.Module):
             states.append(state)
         return self.norm(x_BSD), states
 
-    def step(self, x_B1D: Tensor, angles: Rotation, length_B: Tensor, longest: int, states: list) -> Tensor:
-        """One more slot for every sample; sample b already holds length_B[b] slots."""
+    def step(self, x_B1D: Tensor, angles: Rotation, length_B: Tensor, reach: int, states: list) -> Tensor:
+        """One more slot for every sample. length_B, reach: see model.attention."""
         for layer, state in zip(self.layers, states, strict=True):
             x_B1D, _ = layer(
-                x_B1D, lambda kind, q, k, v, s=state: (kind.step(q, k, v, angles, length_B, longest, s), None)
+                x_B1D, lambda kind, q, k, v, s=state: (kind.step(q, k, v, angles, length_B, reach, s), None)
             )
         return self.norm(x_B1D)

@@ -1,5 +1,7 @@
 """From a trained model to pictures and text: the one path of training samples, evaluation, command line and demo."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -51,8 +53,12 @@ class Generator:
         self.model, self.tokenizer, self.encoder, self.bf16 = model, tokenizer, encoder, bf16
 
     @classmethod
-    def load(cls, place: str | Path, weights: Literal["ema", "raw"] = "ema", device: str = "auto") -> "Generator":
-        """From a run folder (its latest checkpoint) or a checkpoint folder. Raises ValueError if it is not sound."""
+    def load(cls, place: str | Path, weights: Literal["ema", "raw"] = "ema", device: str = "auto",
+             compiled: bool = False) -> "Generator":  # fmt: skip
+        """From a run folder (its latest checkpoint) or a checkpoint folder. Raises ValueError if it is not sound.
+
+        compiled: torch.compile what draws patch by patch, at the first batch.
+        """
         folder = checkpoint.resolve(place)
         config = checkpoint.read_config(folder)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -63,7 +69,14 @@ class Generator:
         chosen = pick_device(device)
         if chosen.type == "cpu":
             keep_freed_memory()
-        return cls(model.to(chosen).eval(), tokenizer, make_encoder(config, tokenizer), bf16_units(chosen))
+        model = model.to(chosen).eval()
+        if compiled:
+            if chosen.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+                raise ValueError(
+                    "compiling for a CPU needs a C++ compiler, g++ or the one that CXX names; there is none"
+                )
+            model.compile_drawing()
+        return cls(model, tokenizer, make_encoder(config, tokenizer), bf16_units(chosen))
 
     def __call__(self, orders: Sequence[Order], sampling: Sampling, batch_size: int = 64,
                  progress: bool = False) -> list[tuple[Segment, ...]]:  # fmt: skip

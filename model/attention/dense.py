@@ -50,19 +50,19 @@ class DenseAttention(nn.Module):
         rotated = rotate(k_BSKE, angles)
         out = self._grouped(rotate(q_BSHE, angles), rotated, v_BSKE, documents)
         batch, slots, heads, width = rotated.shape
-        capacity = _rounded_up(capacity)
+        capacity = rounded_up(capacity)
         state = DenseState(*(rotated.new_zeros(batch, heads, capacity, width) for _ in range(2)))
         state.key_BKTE[:, :, :slots] = rotated.transpose(1, 2)
         state.value_BKTE[:, :, :slots] = v_BSKE.transpose(1, 2)
         return out, state
 
-    def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, longest: int,
+    def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, reach: int,
              state: DenseState) -> Tensor:  # fmt: skip
-        """One more slot for every sample. length_B: slots already held; longest: their maximum, known on the host."""
+        """One more slot for every sample. length_B: slots already held. reach: a multiple of KEY_MULTIPLE, known on the
+        host, within which all slots lie, the new one too."""
         sample = torch.arange(len(length_B), device=length_B.device)
         state.key_BKTE[sample, :, length_B] = rotate(k_B1KE, angles)[:, 0]
         state.value_BKTE[sample, :, length_B] = v_B1KE[:, 0]
-        reach = _rounded_up(longest + 1)
         unseen = torch.arange(reach, device=length_B.device) > length_B[:, None]
         key_BKTE, value_BKTE = state.key_BKTE[:, :, :reach], state.value_BKTE[:, :, :reach]
         # Plain products: the fused kernel of the CPU rounds a single query differently from thread to thread.
@@ -103,7 +103,8 @@ def _seen(group: Group, image_X: Tensor) -> Tensor:
     return (same_GLL | torch.ones_like(same_GLL).tril()).unsqueeze(1)
 
 
-def _rounded_up(slots: int) -> int:
+def rounded_up(slots: int) -> int:
+    """To a number of keys that is attended."""
     return -(-slots // KEY_MULTIPLE) * KEY_MULTIPLE
 
 

@@ -79,7 +79,7 @@ class VQAttention(nn.Module):
         _add(state, code_BSK.transpose(1, 2), v_BSKE.transpose(1, 2), is_summed_BS)
         return out, state
 
-    def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, longest: int,
+    def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, reach: int,
              state: VQState) -> Tensor:  # fmt: skip
         """One more slot for every sample, at a cost that does not depend on what went before. length_B: slots held."""
         real_B1 = torch.ones_like(length_B, dtype=torch.bool)[:, None]

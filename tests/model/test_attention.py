@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import KINDS
-from model.attention.dense import DenseAttention, softmax_attention
+from model.attention.dense import DenseAttention, rounded_up, softmax_attention
 from model.attention.documents import BLOCK, Documents
 from model.rope import Rotation, frequencies, rotation
 from tests.model.support import make_kind, slow_attention, slow_vq
@@ -106,7 +106,8 @@ class TestEveryKind:
         length_B = torch.tensor(lengths)
         for step in range(added):
             here = Rotation(*(at(part, length_B) for part in angles))
-            out = kind.step(at(q, length_B), at(k, length_B), at(v, length_B), here, length_B, slots + step, state)
+            new, reach = (at(x, length_B) for x in (q, k, v)), rounded_up(slots + step + 1)
+            out = kind.step(*new, here, length_B, reach, state)
             torch.testing.assert_close(out, at(expected, length_B), rtol=0, atol=2e-6)
             length_B = length_B + 1
 

@@ -1,5 +1,7 @@
 """Generation: equal to the parallel form, within the grammar, and the same pixels in every batch."""
 
+import os
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -514,6 +516,29 @@ def test_free_grid_respects_the_budget() -> None:
     request = Request(prompt_of([]), 0, max_images=1, max_text=1, max_patches=20)
     ((image, *_),) = generate(biased(*best, V.first_col + 3), [request], GREEDY)
     assert (image.rows, image.cols) == (5, 4)  # 5 x 8 would be 40
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("attention", ["dense", pytest.param("vq", marks=pytest.mark.slow)])
+def test_compiled_drawing_draws_the_same(attention) -> None:
+    """Up to rounding; and still whatever the batch, also where samples pass 64 keys and begin images at other times."""
+    config = tiny_config(attention=attention, head=HeadConfig(width=24, depth=2))
+    requests = random_requests(5)
+    sampling = Sampling(steps=2, temperature=0, guidance=Guidance(2.0, "constant"))
+    torch.manual_seed(0)
+    expected = generate(build(config), requests, sampling)
+    torch.manual_seed(0)
+    model = build(config)
+    model.compile_drawing()
+    found = generate(model, requests, sampling)
+    for one, other in zip(expected, found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            if isinstance(a, GeneratedText):
+                assert a == b
+            else:
+                assert np.abs(a.patches.astype(int) - b.patches).max() <= 1
+    for request, out in zip(requests[3:], found[3:], strict=True):
+        assert same(generate(model, [request], sampling)[0], out)
 
 
 @pytest.mark.parametrize("grid", [(0, 2), (2, 9), (-1, 1)])
