@@ -64,6 +64,23 @@ def metadata(path: Path) -> dict:
         return json.loads(picture.info["ropeway"])
 
 
+@pytest.mark.slow  # compiles
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_drawing_from_the_command_line(run: Path, drawn: Path) -> None:
+    out = run.parent / "compiled"
+    generate(run, "--prompt", PROMPT, "--num-images", 2, "--size", "16x24", "--seed", 7, "--out", out, "--compile")
+    one, other = (pixels(drawn / name).astype(int) for name in ("00000.png", "00001.png"))
+    distance = np.abs(one - other).mean()
+    for name, expected in (("00000.png", one), ("00001.png", other)):  # bf16 rounds otherwise, where there is
+        assert np.abs(pixels(out / name) - expected).mean() < 0.2 * distance
+
+
+def test_compiling_needs_a_compiler(run: Path) -> None:
+    arguments = ("--checkpoint", run, "--prompt", PROMPT, "--out", run.parent / "none", "--compile")
+    command = start(run.parent / "out", "launch.generate", *arguments, environment={"CXX": "no-such-compiler"})
+    assert_one_line(command.finish(), 2, "C++ compiler")
+
+
 def test_prompts_give_pictures_with_their_settings(run: Path, drawn: Path) -> None:
     assert sorted(path.name for path in drawn.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "prompts.jsonl"]
     records = [json.loads(line) for line in (drawn / "prompts.jsonl").read_text().splitlines()]
