@@ -167,14 +167,15 @@ def pack_row(parts: list[Columns], row_length: int, pad: int) -> Columns:
     return Columns(**columns, document=document, patches=np.concatenate([part.patches for part in parts]))
 
 
-def drop_condition(document: Document) -> Document:
+def drop_condition(document: Document, images: bool = False) -> Document:
     """The document without the text before its last learned image, for classifier-free guidance.
 
-    Images stay, learned or not. Unchanged where there is no learned image or no such text.
+    images: leave out the images before it that are only read, too (for guidance by images); otherwise all images stay.
+    Unchanged where there is no learned image or nothing to leave out.
     """
     segments = document.segments
     last = max((k for k, s in enumerate(segments) if isinstance(s, Image) and s.learn), default=0)
-    kept = tuple(s for k, s in enumerate(segments) if k >= last or isinstance(s, Image))
+    kept = tuple(s for k, s in enumerate(segments) if k >= last or (isinstance(s, Image) and (s.learn or not images)))
     return document if len(kept) == len(segments) else replace(document, segments=kept)
 
 

@@ -16,7 +16,7 @@ from data.plan import Plan, hash_ids
 from data.source import MeasuredSource, Source
 
 # Beside the uses of hashes in data/plan.py.
-_DROP_CONDITION, _PICTURE_FIRST = 3, 4
+_DROP_CONDITION, _PICTURE_FIRST, _DROP_IMAGES = 3, 4, 6
 # Hands of a window where lengths are only looked up; it is one where documents have to be read to be measured.
 HANDS_MEASURED = 256
 # Documents that are tried in place of one that cannot be read.
@@ -53,6 +53,7 @@ class _Use:
     index: int  # in the source
     slots: int  # of the whole document in this form
     dropped: bool
+    bare: bool
     turned: bool
 
 
@@ -61,9 +62,10 @@ class Stream:
 
     Document ids count through the first source, its repeats, then the next source. Everything is a pure function of
     the arguments and the row, so any process can make any row. In a part `condition_dropout` of the documents with a
-    learned image the text before it is left out, and in a part `picture_first` of the other documents of one text and
-    then one picture these change places; both are drawn anew in each epoch and for each repeat. What is longer than a
-    row even so is cut (`data.encode.cut`).
+    learned image the text before it is left out, and in half of these also the images before it that are only read
+    (their room in the row stays empty), and in a part `picture_first` of the other documents of one text and then one
+    picture these change places; all is drawn anew in each epoch and for each repeat. What is longer than a row even so
+    is cut (`data.encode.cut`).
     """
 
     def __init__(
@@ -169,6 +171,10 @@ class Stream:
     def _is_dropped(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         return self._is_below(self._drop_below, ids, _DROP_CONDITION, self.seed, epoch)
 
+    def _is_bare(self, epoch: int, ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+        """Which of the documents that lose their text lose images too."""
+        return self._is_below(2**52, ids, _DROP_IMAGES, self.seed, epoch) & dropped if dropped.any() else dropped
+
     def _is_turned(self, epoch: int, ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         """Only of documents that keep their condition, so that turning changes no length."""
         return self._is_below(self._turn_below, ids, _PICTURE_FIRST, self.seed, epoch) & ~dropped
@@ -229,13 +235,14 @@ class Stream:
         indices = (whole - self._first_id[sources]) % sizes
         dropped = self._is_dropped(epoch, whole)
         slots, turned = self._whole_slots(whole, dropped), self._is_turned(epoch, whole, dropped)
-        columns = (whole, pieces, sources, indices, slots, dropped, turned)
+        bare = self._is_bare(epoch, whole, dropped)
+        columns = (whole, pieces, sources, indices, slots, dropped, bare, turned)
         return [_Use(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _form(self, use: _Use, pixels: bool) -> Document:
         document = self.sources[use.source].document(use.index, pixels)
         if use.dropped:
-            return drop_condition(document)
+            return drop_condition(document, images=use.bare)
         return picture_first(document) if use.turned else document
 
     def _make(self, use: _Use, pixels: bool = True) -> Document:

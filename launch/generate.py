@@ -106,7 +106,8 @@ def _describe(generator: Generator, sampling: Sampling, arguments: argparse.Name
 
 def _settings(sampling: Sampling, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     """What every picture tells of how it was made."""
-    return {"checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling), "commit": commit()}
+    return {"checkpoint": str(folder), "weights": arguments.weights, "sampling": asdict(sampling),
+            "compiled": arguments.compile, "commit": commit()}  # fmt: skip
 
 
 def _continue(generator: Generator, sampling: Sampling, arguments: argparse.Namespace, document: Document,

@@ -134,7 +134,8 @@ class DataSection:
     rows_per_step: int = 16
     """Rows of an optimizer step over all ranks and micro-batches."""
     condition_dropout: float = 0.1
-    """Part of the documents with a learned image that lose the text before it (for guidance)."""
+    """Part of the documents with a learned image that lose the text before it, and half of these the images before it
+    that are only read, too (for guidance)."""
     picture_first: float = 0.0
     """Part of the documents of one text and then one picture (that keep their condition) where these change places."""
     workers: int = 1

@@ -148,6 +148,10 @@ def test_drop_condition_examples() -> None:
     describe = Document((read, Text("a circle")))
     assert drop_condition(describe) is describe
     assert drop_condition(Document((read, caption, picture_, caption))).segments == (read, picture_, caption)
+    edited = Document((read, picture_, caption, picture_, caption, read))
+    assert drop_condition(edited, images=True).segments == (picture_, picture_, caption, read)
+    assert drop_condition(describe, images=True) is describe
+    assert drop_condition(Document((read, picture_)), images=True).segments == (picture_,)
 
 
 def test_bad_settings() -> None:

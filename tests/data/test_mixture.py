@@ -100,6 +100,48 @@ def test_each_epoch_holds_every_document_and_repeat_once(dropout: float) -> None
         assert found == expected
 
 
+@dataclass(frozen=True)
+class Edits:
+    """A picture that is read, what to do, and the picture that comes of it; every third is longer than 32 slots."""
+
+    name: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def document(self, index: int, pixels: bool = True) -> Document:
+        width = 8 if index % 3 == 0 else 4
+        before, after = np.zeros((4, width, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+        return Document(
+            (
+                Image(4, width, before if pixels else None, learn=False),
+                Text("e" * (3 + index % 4), learn=False),
+                Image(4, 4, after if pixels else None),
+            ),
+            self.name,
+        )
+
+
+def test_half_of_the_documents_without_condition_lose_the_images_that_are_read_too() -> None:
+    mixture = Stream([(Edits("e", 400), 1)], ENCODER, 32, 0, condition_dropout=0.5)
+    for epoch in (0, 1):
+        ids = np.arange(400)
+        drop = mixture._is_dropped(epoch, ids)
+        bare = mixture._is_bare(epoch, ids, drop)
+        assert not (bare & ~drop).any()
+        assert 60 < bare.sum() < 140
+        expected: Counter = Counter()
+        for id, document in enumerate(map(mixture.sources[0].document, range(400))):
+            form = drop_condition(document, images=bool(bare[id])) if drop[id] else document
+            expected.update(split(ENCODER.encode(piece))[0] for piece in cut(form, 32, ENCODER))
+        found: Counter = Counter()
+        for r in epoch_rows(mixture, epoch):
+            found.update(split(mixture.row(r)[0]))
+        assert found == expected
+    assert not Stream([(Edits("e", 400), 1)], ENCODER, 64, 0, condition_dropout=0)._is_bare(0, ids, drop & False).any()
+
+
 def test_pictures_come_through_bit_for_bit() -> None:
     mixture = Stream([(Captions("c", 30), 1)], ENCODER, 64, 0, condition_dropout=0)
     seen = 0
