@@ -51,6 +51,8 @@ SETTINGS = (
     Setting("few steps", "sampler", drawings=(*_draw("euler", 1, 2, 4, 8), *_draw("heun", 1, 2, 4, 8),
             *_draw("learned", 2, 4, 8)), model="default"),
     Setting("whole images", "image mode", (("model.image_mode", "transfusion"),), _draw("euler", 16, 4, 50)),
+    Setting("whole images, shortcut", "image mode", (("model.image_mode", "transfusion"),
+            ("model.head.objective", "shortcut")), _draw("euler", 16, 1, 2, 4), data=("digits",)),
     Setting("prediction v", "prediction", (("model.head.prediction", "v"),)),
     Setting("prediction eps", "prediction", (("model.head.prediction", "eps"),),
             (*_draw("euler", 16), *_draw("euler", 16, clamp=True))),
