@@ -46,7 +46,7 @@ FIRST_VERSION = "84e9aab"
 _FIRST = "Ropeway, first version"
 _DISTILLED, _TEACHER = "Ropeway, distilled", "Ropeway, to be distilled"
 _GOAL = 5
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 _FLOW_SHARE = 0.5
 """Of its time that the distilled model learns the flow."""
 _SIDE = 8
@@ -99,7 +99,7 @@ def run(
     if images % batch:
         raise ValueError(f"--images {images} is not a multiple of --batch {batch}")
     folder.mkdir(parents=True, exist_ok=True)
-    systems, bf16 = _systems(), uses_bf16(precision, CPU)
+    systems, bf16 = _systems(), uses_bf16(precision, _CPU)
     settings = {"seconds": seconds, "documents": documents, "lr": lr, "batch": batch, "bf16": bf16,
                 "systems": [system.settings for system in systems]}  # fmt: skip
     _keep(folder / "settings.json", settings)
@@ -175,7 +175,7 @@ def _train(system: System, folder: Path, seconds: float, documents: int, lr: flo
         began = time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * spent / seconds)) / 2
-        with autocast(CPU, bf16):
+        with autocast(_CPU, bf16):
             loss = system.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,7 +211,7 @@ def _distil(system: System, folder: Path, seconds: float, documents: int, lr: fl
     while spent < (1 - _FLOW_SHARE) * seconds:
         batch = system.prepare([source.document(int(i)) for i in random.integers(len(source), size=documents)])
         began = time.process_time()
-        with autocast(CPU, bf16):
+        with autocast(_CPU, bf16):
             lesson.learn(batch)
         spent += time.process_time() - began
     model.load_state_dict(flow.model.state_dict() | lesson.averaged())
@@ -245,7 +245,7 @@ def _draw(way: Way, folder: Path, number: int, batch: int, archive: Path, warm: 
         if isinstance(way.system, RopewaySystem):
             way.system.first_seed = number * batch
         made: list[np.ndarray] = []
-        with autocast(CPU, bf16):
+        with autocast(_CPU, bf16):
             if way.name not in warm:  # compiles, where it does
                 way.system.draw(captions)
                 warm.add(way.name)
@@ -365,8 +365,8 @@ def ratio_to(row: Row, rows: Sequence[Row]) -> float:
 
 
 def verdict(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """How many times faster than every peer Ropeway is, at its defaults, and at the fastest of its ways whose Frechet
-    distance is within a tenth of its best."""
+    """How many times faster than every peer Ropeway is, which draws by default, or by the fastest of its ways whose
+    Frechet distance is within a tenth of its best."""
 
     def speed(row: Row) -> float:
         return float(row["images_per_cpu_second"] or 0)

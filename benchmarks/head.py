@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -107,6 +108,7 @@ def run(
     cells = plan(("digits", "shapes") if data == "both" else (data,), rows, seeds, pictures, steps, folder)
     for config in {str(config.run.dir): config for cell in cells for config in (cell.default, cell.config)}.values():
         refuse_other_settings(config)
+    code()
     measured = read_known(known or [])
     todo = [cell for cell in cells if cell.name not in measured and not cell.scores.is_file()]
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -120,15 +122,18 @@ def run(
 
 
 def read_known(files: Sequence[Path]) -> dict[tuple[object, ...], Row]:
-    """The rows of result files, by Cell.name, each with the commit that measured it. Raises ValueError for others."""
+    """The rows of result files, by Cell.name, each with the commit that measured it. Raises ValueError for files of
+    another kind, and where two disagree."""
     found: dict[tuple[object, ...], Row] = {}
     for path in files:
         try:
             result = json.loads(path.read_text())
             for row in result["rows"]:
-                keys = ("data", "row", "seed", "drawn", "pictures", "training_steps")
-                found[tuple(row[key] for key in keys)] = row | {"commit": row.get("commit") or result["commit"]}
-        except (ValueError, TypeError, KeyError) as error:
+                name = tuple(row[key] for key in ("data", "row", "seed", "drawn", "pictures", "training_steps"))
+                row |= {"commit": row.get("commit") or result["commit"]}
+                if found.setdefault(name, row)["accuracy_percent"] != row["accuracy_percent"]:
+                    raise ValueError(f"--known {path} disagrees with another file about {name}; give one of them")
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"--known {path} is not a result file of this benchmark: {error!r}") from error
     return found
 
@@ -195,11 +200,17 @@ def work(cell: Cell) -> None:
     task = Task(generator, cell.config, cell.sampling, cell.pictures, 0, cell.scores.parent, False, only_draw)
     scores = SUITES[cell.data](task)
     partial = cell.scores.with_suffix(".tmp")
-    partial.write_text(json.dumps(scores, indent=1) + "\n")
+    partial.write_text(json.dumps(scores | {"commit": code()}, indent=1) + "\n")
     partial.replace(cell.scores)
     right, seconds = 100 * scores[ACCURACY[cell.data]], time.perf_counter() - began
     print(f"{cell.data}, {cell.run.parent.name}, seed {cell.seed}, {label(cell.sampling)}: {right:.1f} % "
           f"({seconds:.0f} s)", file=sys.stderr)  # fmt: skip
+
+
+@cache
+def code() -> str | None:
+    """The commit of this process, whatever becomes of the working tree meanwhile."""
+    return commit()
 
 
 def refuse_other_settings(config: Config) -> None:
@@ -301,8 +312,7 @@ def report(cells: Sequence[Cell], measured: Mapping[tuple[object, ...], Row]) ->
     done = [cell for cell in cells if cell.scores.is_file() or cell.name in measured]
     if not done:
         raise ValueError("nothing was measured in the given time; start the same command again")
-    here = commit()
-    rows = [measurement(cell) | {"commit": here} if cell.scores.is_file() else measured[cell.name] for cell in done]
+    rows = [measurement(cell) if cell.scores.is_file() else measured[cell.name] for cell in done]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["row"], row["drawn"]), []).append(row)
@@ -348,6 +358,7 @@ def measurement(cell: Cell) -> Row:
         "image_loss_own": score("image loss, own pictures"),
         "captions_exact_percent": _percent(score("caption exact" if prefix else "test split, caption exact")),
         "training_steps": cell.config.run.steps,
+        "commit": scores.get("commit"),
         "training_tflop": cell.config.log.every / 1000 * sum(
             line["gflops_per_second"] * line["step_seconds"] for line in metrics) if metrics else None,
     }  # fmt: skip
@@ -416,6 +427,7 @@ def notes(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
                     few.append(f"{', '.join(key)} ({accuracy:.1f} %{also})")
             lines.append(f"  50 steps of Heun: {best:.1f} % right. Within 2 points in 4 evaluations or less: "
                          f"{'; '.join(few) or 'none'}.")  # fmt: skip
+    commits = ", ".join(f"{str(name)[:7]} ({n})" for name, n in Counter(row.get("commit") for row in rows).items())
     return (
         "\n".join(lines)
         + f"""
@@ -429,6 +441,7 @@ Loss: of the head on real pictures and on the model's own, as the row's loss cou
 Whole images are drawn by the Transformer itself, which is evaluated as often for all patches at once.
 Evaluations of the head count both streams where guidance acts. Ranges are over seeds. A distilled head has learned for
 as many updates more as the default, whose TFLOP its column does not show.
+Every row of the JSON names the commit that measured it: {commits}.
 """
     )
 

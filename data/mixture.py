@@ -129,7 +129,7 @@ class Stream:
         return found, replaced
 
     def work(self, n: int) -> Work:
-        """The cost of row n."""
+        """The cost of row n; images that condition dropout leaves out count like the others."""
         lengths, patches = [], 0
         for use in self._uses(*self.plan.row(n)):
             slots = use.slots
@@ -173,7 +173,7 @@ class Stream:
 
     def _is_bare(self, epoch: int, ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         """Which of the documents that lose their text lose images too."""
-        return self._is_below(2**52, ids, _DROP_IMAGES, self.seed, epoch) & dropped if dropped.any() else dropped
+        return dropped & self._is_below(2**52, ids, _DROP_IMAGES, self.seed, epoch)
 
     def _is_turned(self, epoch: int, ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         """Only of documents that keep their condition, so that turning changes no length."""

@@ -275,8 +275,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all (default: 0)")
     add("--top-p", type=float, default=1.0, help="keep tokens up to this total probability (default: 1)")
     add("--max-text", type=int, default=256, help="tokens of text at most (default: 256)")
-    add("--compile", action="store_true", help="torch.compile the drawing of patches: half a minute or more at first, "
-        "about a third faster in bf16 on a CPU (docs/decisions.md, 44)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile what draws patches and writes text: half a minute or "
+        "more at first; pays from tens of thousands of small pictures on (docs/decisions.md, 44)")  # fmt: skip
     add("--batch-size", type=int, default=64, help="samples at a time; does not change them (default: 64)")
     add("--out", type=Path, help="folder for the results")
     add("--grid", type=int, metavar="COLUMNS", help="also write all pictures as one grid.png")

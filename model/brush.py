@@ -42,7 +42,6 @@ class Brush:
         self.times = grid_of(sampling.grid, sampling.steps, path, sampling.time_shift)
         self.shortcut_X = torch.full((len(self.row_X),), jumps(sampling), device=device)
         self.sampler, self.noise_scale = sampler_of(model, sampling), config.noise_scale * (1 - self.times[0])
-
         self.field = Field(
             self.head, config, sampling.guidance, sampling.noise_temperature, sampling.clamp,
             learned_variance=learns_variance(config, sampling),
@@ -96,11 +95,11 @@ class _Painter:
     def embed_time(self, time_1: Tensor) -> Tensor:
         return self.head.embed_time(time_1)
 
-    def __call__(self, z_MP: Tensor, _: None, time_MD: Tensor) -> Tensor:
+    def __call__(self, z_MP: Tensor, _: None, condition_MD: Tensor) -> Tensor:
         clean_1D = self.head.embed_time(z_MP.new_ones(1))
         # Where the first stream alone has a say, the others are computed too: all are one batch.
         streams = len(self.noised_M) // len(z_MP)
-        time_ND = clean_1D.repeat(len(self.pixels_NP), 1).index_copy(0, self.noised_M, time_MD.repeat(streams, 1))
+        time_ND = clean_1D.repeat(len(self.pixels_NP), 1).index_copy(0, self.noised_M, condition_MD.repeat(streams, 1))
         pixels_NP = self.pixels_NP.index_copy(0, self.noised_M, z_MP.repeat(streams, 1))
         x_RSD = self.model.embed(self.token_RS, self.is_patch_RS, pixels_NP, time_ND)
         hidden_RSD, _commit = self.model.backbone(x_RSD, self.angles, self.documents)

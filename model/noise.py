@@ -1,4 +1,5 @@
-"""Normal numbers that are a function of a key alone: no state, no order, the same for any batch and on any device.
+"""Normal numbers that are a function of a key alone: no state, no order, the same for any batch and, up to the
+rounding of a logarithm and a cosine in float64, on any device.
 
 A key is an int64, hashed by splitmix64 (Steele, Lea, Flood 2014) from a seed and from what tells its numbers apart.
 """

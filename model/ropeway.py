@@ -123,10 +123,13 @@ class Ropeway(nn.Module):
 
     def compile_drawing(self) -> None:
         """torch.compile what draws patch by patch: a step of the backbone and an evaluation of the diffusion head.
-        Weights are laid out for the processor ("freezing"), so they must not change any more."""
-        self.backbone.step = torch.compile(self.backbone.step, options={"freezing": True})  # type: ignore[method-assign]
-        if self.diffusion_head:
-            self.diffusion_head.compile(options={"freezing": True})
+
+        Raises ValueError for a model that draws whole images.
+        """
+        if not self.diffusion_head:
+            raise ValueError("a model with model.image_mode transfusion draws whole images, which cannot be compiled")
+        self.backbone.step = torch.compile(self.backbone.step)  # type: ignore[method-assign]
+        self.diffusion_head.compile()
 
     def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor,
               time_ND: Tensor | None = None) -> Tensor:  # fmt: skip

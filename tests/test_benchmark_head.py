@@ -95,6 +95,10 @@ def test_known_results_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
     result = head.run("digits", ["default"], 1, 10, 2, folder=tmp_path, known=[file])
     assert worked == ["heun 50"]
     assert result.rows == [old | {"commit": "abc"}]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"commit": "def", "rows": [old | {"accuracy_percent": 96.0}]}))
+    with pytest.raises(ValueError, match=r"other.json disagrees with another file"):
+        head.run("digits", ["default"], 1, 10, 2, folder=tmp_path, known=[file, other])
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"--known .*head.json is not a result file"):
         head.run("digits", ["default"], 1, 10, 2, folder=tmp_path, known=[file])

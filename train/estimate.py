@@ -252,7 +252,10 @@ def _collectives(config: Config, vocabulary_size: int, bf16: bool) -> dict[str, 
         return {"all-reduce": 4 * numbers + books}
     if stage < 3:  # All ranks get whole sums, of which each keeps its part; at stage 2 after every micro-batch.
         return {"all-reduce": mixed * (micro_batches if stage == 2 else 1) + books, "all-gather": 4 * numbers}
-    joined = mixed * (2 * numbers - _reused(config, numbers)) // numbers  # once for each direction
+    # Once for each direction; whole images run the backbone forward once or twice more.
+    more = {"shortcut": 2, "consistency": 1}.get(config.model.head.objective, 0)
+    passes = 2 + more * (config.model.image_mode == "transfusion")
+    joined = mixed * (passes * numbers - _reused(config, numbers)) // numbers
     sums = {"all-reduce": books} if books else {}
     return {"reduce-scatter": micro_batches * mixed, "all-gather": micro_batches * joined} | sums
 
@@ -307,6 +310,7 @@ def _activations(config: Config, vocabulary_size: int, keeps: _Keeps,
         + text * ((keeps.read(1) if chunk == text else 4) * model.dim + 16)
         + targets * (keeps.read(1) * (model.dim + LOCATION_FEATURES) + 8)
         + whole_images * patches * 4 * (TIME_FEATURES + 3 * model.dim + 3 * model.patch_width)
+        + whole_images * targets * _objective(model)
     )
     return {
         "activations": sum(blocks) + around,
@@ -396,6 +400,9 @@ def _head_ends(model: ModelConfig, keeps: _Keeps, recompute: bool) -> int:
     if recompute:  # blocks then read one float32 tensor, of which the last modulation may have its own cast
         modulator = 4 + 4 + (keeps.read(1) if keeps.read(1) < 4 else 0)
     final = width * (keeps.layer_norm + keeps.product + keeps.modulated) + 8
-    # ddpm: both factors of a product in its divergence; shortcut: the index of the jump's size.
-    objective = {"ddpm": 8 * model.patch_width + 4, "shortcut": 8}.get(model.head.objective, 0)
-    return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width + objective
+    return time + modulator * width + final + (keeps.read(1) + 4) * model.patch_width + _objective(model)
+
+
+def _objective(model: ModelConfig) -> int:
+    """Of one draw. ddpm: both factors of a product in its divergence; shortcut: the index of the jump's size."""
+    return {"ddpm": 8 * model.patch_width + 4, "shortcut": 8}.get(model.head.objective, 0)

@@ -139,7 +139,6 @@ def test_half_of_the_documents_without_condition_lose_the_images_that_are_read_t
         for r in epoch_rows(mixture, epoch):
             found.update(split(mixture.row(r)[0]))
         assert found == expected
-    assert not Stream([(Edits("e", 400), 1)], ENCODER, 64, 0, condition_dropout=0)._is_bare(0, ids, drop & False).any()
 
 
 def test_pictures_come_through_bit_for_bit() -> None:

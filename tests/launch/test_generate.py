@@ -73,6 +73,8 @@ def test_compiled_drawing_from_the_command_line(run: Path, drawn: Path) -> None:
     distance = np.abs(one - other).mean()
     for name, expected in (("00000.png", one), ("00001.png", other)):  # bf16 rounds otherwise, where there is
         assert np.abs(pixels(out / name) - expected).mean() < 0.2 * distance
+        assert metadata(out / name)["compiled"]
+        assert not metadata(drawn / name)["compiled"]
 
 
 def test_compiling_needs_a_compiler(run: Path) -> None:

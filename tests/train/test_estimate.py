@@ -49,6 +49,9 @@ SHAPES = {
     "ddpm": ("--model.head.objective=ddpm", "--model.head.path=cosine", "--model.head.draws=12"),
     "shortcut": ("--model.head.objective=shortcut", "--model.head.draws=8"),
     "consistency": ("--model.head.objective=consistency", "--model.head.time_law=uniform", "--model.head.loss=x"),
+    "whole images": ("--model.image_mode=transfusion",),
+    "whole images, ddpm": ("--model.image_mode=transfusion", "--model.head.objective=ddpm"),
+    "whole images, shortcut": ("--model.image_mode=transfusion", "--model.head.objective=shortcut"),
 }
 LONG = (
     "--data.tokenizer=bytes", "--data.shapes=null", "--data.text.max_bytes=400", "--data.row_length=800",
