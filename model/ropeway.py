@@ -122,13 +122,14 @@ class Ropeway(nn.Module):
             block.compile()
 
     def compile_drawing(self) -> None:
-        """torch.compile what draws patch by patch: a step of the backbone and an evaluation of the diffusion head.
+        """torch.compile what draws patch by patch: a step of the model, and the condition and evaluations of the head.
 
         Raises ValueError for a model that draws whole images.
         """
         if not self.diffusion_head:
             raise ValueError("a model with model.image_mode transfusion draws whole images, which cannot be compiled")
-        self.backbone.step = torch.compile(self.backbone.step)  # type: ignore[method-assign]
+        self.step = torch.compile(self.step)  # type: ignore[method-assign]
+        self.diffusion_head.condition = torch.compile(self.diffusion_head.condition)  # type: ignore[method-assign]
         self.diffusion_head.compile()
 
     def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor,
@@ -175,6 +176,19 @@ class Ropeway(nn.Module):
     def read(self, x_BSD: Tensor, angles: Rotation, documents: Documents, grid: Grid) -> tuple[Tensor, Tensor]:
         """The backbone over whole rows: hidden states, and the commitment of quantised keys."""
         return self.backbone(x_BSD, angles, self.attended(documents, grid))
+
+    def step(self, token_R: Tensor, patch_RP: Tensor | None, is_patch_R: Tensor, positions_R2: Tensor, length_R: Tensor,
+             reach: int, states: list) -> Tensor:  # fmt: skip
+        """One more slot for every row: its hidden state, (R, D).
+
+        patch_RP: uint8, for the rows where is_patch_R; None: there are none. length_R, reach: see model.attention.
+        """
+        x_RD = self.token_embedding(token_R)
+        if patch_RP is not None:
+            embedded_RD = self.patch_embedding(to_pixels(patch_RP)).to(x_RD.dtype)
+            x_RD = torch.where(is_patch_R[:, None], embedded_RD, x_RD)
+        angles = self.rotation(positions_R2.unsqueeze(1))
+        return self.backbone.step(x_RD.unsqueeze(1), angles, length_R, reach, states)[:, 0]
 
     def attended(self, documents: Documents, grid: Grid) -> Documents:
         """What attention shall know: in image mode transfusion also the images."""

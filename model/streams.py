@@ -139,15 +139,12 @@ class Streams:
                 active[first + b] = True
         if active != self._active:
             self._active, self.active_R = active, torch.tensor(active, device=self.length_R.device)
-        x_R1D = self.model.token_embedding(self.token_RT[self.every_R, self.length_R]).unsqueeze(1)
-        if draws:
-            patch_RP = self.patch_RTP[self.every_R, self.length_R]
-            patch_R1D = self.model.patch_embedding(to_pixels(patch_RP)).unsqueeze(1)
-            is_patch_R = self.rows_RT[self.every_R, self.length_R] > 0
-            x_R1D = torch.where(is_patch_R[:, None, None], patch_R1D.to(x_R1D.dtype), x_R1D)
-        angles = self.model.rotation(self.positions_RT2[self.every_R, self.length_R].unsqueeze(1))
-        reach = rounded_up(self.longest + 1)
-        hidden = self.model.backbone.step(x_R1D, angles, self.length_R, reach, self.states)[:, 0]
+        every_R, length_R = self.every_R, self.length_R
+        hidden = self.model.step(
+            self.token_RT[every_R, length_R], self.patch_RTP[every_R, length_R] if draws else None,
+            self.rows_RT[every_R, length_R] > 0, self.positions_RT2[every_R, length_R], length_R,
+            rounded_up(self.longest + 1), self.states,
+        )  # fmt: skip
         self.hidden_RD = torch.where(self.active_R[:, None], hidden, self.hidden_RD)
         self.length_R = self.length_R + self.active_R
         self.longest += 1
