@@ -117,7 +117,8 @@ def run(
         if time.monotonic() > end:
             print(f"{minutes:g} minutes have passed; the same command goes on from here", file=sys.stderr)
             break
-        work(cell)
+        if not cell.scores.is_file():  # by another process, with other rows of the same table
+            work(cell)
     return report(cells, measured)
 
 
