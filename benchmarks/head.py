@@ -98,7 +98,7 @@ def run(
         seeds: models per row, with seeds 0, 1, ...
         pictures: drawn per cell (shapes: 537 at most).
         steps: training steps of every model; default 600 on digits, 400 on shapes.
-        minutes: begin nothing new after this time, and write the table of what there is.
+        minutes: begin nothing new after this time, and write the table of what there is; 0: only write it.
         folder: of the runs and scores.
         known: result files of earlier tables; what they hold is taken from there.
     """
@@ -112,7 +112,8 @@ def run(
     measured = read_known(known or [])
     todo = [cell for cell in cells if cell.name not in measured and not cell.scores.is_file()]
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    announce(todo, len(cells))
+    if time.monotonic() < end:
+        announce(todo, len(cells))
     for cell in todo:
         if time.monotonic() > end:
             print(f"{minutes:g} minutes have passed; the same command goes on from here", file=sys.stderr)
