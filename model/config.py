@@ -96,9 +96,14 @@ class HeadConfig:
         return 2 if self.objective == "ddpm" else 1
 
     @property
+    def targets(self) -> int:
+        """Evaluations without gradient that a draw is compared with."""
+        return {"shortcut": 2, "consistency": 1}.get(self.objective, 0)
+
+    @property
     def evaluations(self) -> float:
-        """Forward and backward passes per draw; one without backward counts a third."""
-        return {"shortcut": 1 + 2 / 3 / 4, "consistency": 1 + 1 / 3}.get(self.objective, 1)
+        """Forward and backward passes per draw; one without backward counts a third. Every fourth draw is a jump."""
+        return 1 + self.targets / 3 * (1 / 4 if self.objective == "shortcut" else 1)
 
 
 @dataclass(frozen=True)
@@ -269,8 +274,7 @@ class ModelConfig:
         embed = patches * (self.patch_width * rank + rank * self.dim if rank else self.patch_width * self.dim)
         head = patch_targets * self._head_parameters()
         if self.image_mode == "transfusion":  # the backbone runs for every evaluation, over all images
-            passes = {"shortcut": 1 + 2 / 3, "consistency": 1 + 1 / 3}.get(self.head.objective, 1)
-            return 6.0 * (passes * (backbone + attention + embed + head) + text)
+            return 6.0 * ((1 + self.head.targets / 3) * (backbone + attention + embed + head) + text)
         return 6.0 * (backbone + attention + text + embed + self.head.draws * self.head.evaluations * head)
 
 

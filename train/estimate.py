@@ -252,9 +252,8 @@ def _collectives(config: Config, vocabulary_size: int, bf16: bool) -> dict[str, 
         return {"all-reduce": 4 * numbers + books}
     if stage < 3:  # All ranks get whole sums, of which each keeps its part; at stage 2 after every micro-batch.
         return {"all-reduce": mixed * (micro_batches if stage == 2 else 1) + books, "all-gather": 4 * numbers}
-    # Once for each direction; whole images run the backbone forward once or twice more.
-    more = {"shortcut": 2, "consistency": 1}.get(config.model.head.objective, 0)
-    passes = 2 + more * (config.model.image_mode == "transfusion")
+    # Once for each direction; whole images also run the backbone for what their draws are compared with.
+    passes = 2 + config.model.head.targets * (config.model.image_mode == "transfusion")
     joined = mixed * (passes * numbers - _reused(config, numbers)) // numbers
     sums = {"all-reduce": books} if books else {}
     return {"reduce-scatter": micro_batches * mixed, "all-gather": micro_batches * joined} | sums
