@@ -139,10 +139,10 @@ def _decoding(kind: nn.Module, length: int, heads: int, width: int, dtype: torch
     if isinstance(kind, VQAttention):
         q, k, v = torch.randn(3, 1, length, heads, width, dtype=dtype, device=device)
         documents = Documents.of(torch.ones(1, length, dtype=torch.long)).to(device)
-        _, state = kind.eval().prefill(q, k, v, _angles(length, width, device), documents, length + steps)
+        _, state = kind.eval().prefill(q, k, v, _angles(length, width, device), documents)
         kind.train()
     else:
-        state = DenseState(*torch.randn(2, 1, heads, length + steps + 64, width, dtype=dtype, device=device))
+        state = DenseState(*torch.randn(2, 1, heads, rounded_up(length + steps), width, dtype=dtype, device=device))
     one = torch.randn(3, 1, 1, heads, width, dtype=dtype, device=device)
     angles = _angles(1, width, device)
 

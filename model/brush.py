@@ -36,6 +36,14 @@ class Brush:
         device = streams.hidden_RD.device
         self.sample_N = torch.tensor(chosen, device=device)
         self.row_X = torch.cat([first + self.sample_N for first in streams.firsts])
+        self.every_N = torch.arange(len(chosen), device=device)
+        grids = [(writers[b].rows, writers[b].cols) for b in chosen]
+        every = list(dict.fromkeys(grids))
+        self.place_GTW = pad_sequence([self.head.locate(places(*grid).to(device)) for grid in every], batch_first=True)
+        self.written_N, self.count_N, self.grid_N = torch.tensor(
+            [[writers[b].written, rows * cols, every.index((rows, cols))]
+             for b, (rows, cols) in zip(chosen, grids, strict=True)], device=device,
+        ).unbind(1)  # fmt: skip
         self.noise_NTP = pad_sequence([streams.noise[b] for b in chosen], batch_first=True)
         self.key_NT = pad_sequence([streams.key[b] for b in chosen], batch_first=True)
         path = PATHS[config.path]
@@ -49,19 +57,22 @@ class Brush:
 
     def draw(self) -> None:
         """Put the next patch of every sample into the streams."""
-        streams, sample_N = self.streams, self.sample_N
-        location_N4 = streams.places(sample_N)
-        row, col, rows, cols = location_N4.unbind(-1)
-        ordinal_N = (row - 1) * cols + col
-        condition_XW = self.head.condition(streams.hidden_RD[self.row_X], location_N4.repeat(len(streams.firsts), 1))
+        streams, every_N, written_N = self.streams, self.every_N, self.written_N
+        place_NW = self.place_GTW[self.grid_N, written_N].repeat(len(streams.firsts), 1)
+        condition_XW = self.head.condition_in(streams.hidden_RD[self.row_X]) + place_NW
         if self.field.config.objective == "shortcut":
             condition_XW = condition_XW + self.head.shortcut_in(self.shortcut_X)
-        every_N = torch.arange(len(sample_N), device=sample_N.device)
-        key_N = self.key_NT[every_N, ordinal_N - 1]
-        self.field.begin(condition_XW, (ordinal_N / (rows * cols)).unsqueeze(1), key_N)
-        z = self.noise_NTP[every_N, ordinal_N - 1] * self.noise_scale
+        self.written_N = written_N + 1
+        self.field.begin(condition_XW, (self.written_N / self.count_N).unsqueeze(1), self.key_NT[every_N, written_N])
+        z = self.noise_NTP[every_N, written_N] * self.noise_scale
         z = self.sampler(self.field, z, self.times, self.field.noise)
         streams.patch_RTP[self.row_X, streams.length_R[self.row_X]] = to_bytes(z).repeat(len(streams.firsts), 1)
+
+
+def places(rows: int, cols: int) -> Tensor:
+    """row, col, rows, cols of every patch of an image, (T, 4)."""
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)) + 1
+    return torch.cat((grid, grid[-1:].expand_as(grid)), dim=1)
 
 
 def jumps(sampling: Sampling) -> int:

@@ -6,9 +6,11 @@ that holds the same sequence without its text, and perhaps a third that also lac
 are rows of one batch (model/streams.py). Patches are drawn by model/brush.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from model.brush import Brush, paint
@@ -18,7 +20,6 @@ from model.streams import Streams
 from model.writer import Request, Segment, Writer
 
 
-@torch.inference_mode()
 def generate(
     model: Ropeway, requests: Sequence[Request], sampling: Sampling, progress: bool = False
 ) -> list[list[Segment]]:
@@ -31,6 +32,28 @@ def generate(
         if request.grid and not (min(request.grid) >= 1 and max(request.grid) <= limit):
             raise ValueError(f"a grid of {request.grid[0]} x {request.grid[1]} patches is outside 1 .. {limit}")
     model.eval()
+    with _rounded_once(model), torch.inference_mode():
+        return _generate(model, requests, sampling, progress)
+
+
+@contextmanager
+def _rounded_once(model: nn.Module) -> Iterator[None]:
+    """Under autocast: meanwhile the weights of linears are in its precision. Autocast itself would round them again for
+    every product, since in inference mode it keeps nothing."""
+    device = next(model.parameters()).device.type
+    own = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    parameters = [p for module in model.modules() if own and type(module) is nn.Linear for p in module.parameters()]
+    whole = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.get_autocast_dtype(device))
+        yield
+    finally:
+        for parameter, data in zip(parameters, whole, strict=True):
+            parameter.data = data
+
+
+def _generate(model: Ropeway, requests: Sequence[Request], sampling: Sampling, progress: bool) -> list[list[Segment]]:
     writers = [Writer(request, model.vocabulary, model.config.patch_width) for request in requests]
     streams = Streams(model, writers, sampling.guidance.streams)
     brush: Brush | None = None

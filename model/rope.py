@@ -38,5 +38,6 @@ def rotation(positions_BS2: Tensor, theta_F: Tensor) -> Rotation:
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
     """Rotate (B, S, heads, E) by the slots' angles in float32 or wider; the result has the dtype of x."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    turned = (first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin)
+    turned = (torch.addcmul(first * angles.cos, second, angles.sin, value=-1),
+              torch.addcmul(second * angles.cos, first, angles.sin))  # fmt: skip
     return torch.cat(turned, dim=-1).to(x.dtype)

@@ -122,14 +122,13 @@ class Ropeway(nn.Module):
             block.compile()
 
     def compile_drawing(self) -> None:
-        """torch.compile what draws patch by patch: a step of the model, and the condition and evaluations of the head.
+        """torch.compile what draws patch by patch: a step of the model, and evaluations of the head.
 
         Raises ValueError for a model that draws whole images.
         """
         if not self.diffusion_head:
             raise ValueError("a model with model.image_mode transfusion draws whole images, which cannot be compiled")
         self.step = torch.compile(self.step)  # type: ignore[method-assign]
-        self.diffusion_head.condition = torch.compile(self.diffusion_head.condition)  # type: ignore[method-assign]
         self.diffusion_head.compile()
 
     def embed(self, token_BS: Tensor, is_patch_BS: Tensor, patches_NP: Tensor,

@@ -36,19 +36,19 @@ class Streams:
         """The row of the first sample in each stream."""
         textless = [_without_text(prompt, model.vocabulary.pad) for prompt in prompts]
         imageless = [_beginning(prompt) for prompt in prompts]
-        prompts = [
-            _extended(prompt, writer.opening)
-            for stream in (prompts, textless, imageless)[:count]
-            for prompt, writer in zip(stream, filled, strict=True)
-        ]
+        prompts = [prompt for stream in (prompts, textless, imageless)[:count] for prompt in stream]
+        openings = [writer.opening for writer in filled] * count
         self.rows = len(prompts)
-        lengths = [len(prompt.token) for prompt in prompts]
+        lengths = [len(prompt.token) + len(opening) for prompt, opening in zip(prompts, openings, strict=True)]
         self.capacity = max(_new_slots(writer.request) for writer in writers)
         device = model.token_embedding.weight.device
         total = _rounded_up(max(lengths)) + self.capacity + 1
-        self.token_RT, self.row_RT, self.col_RT, self.rows_RT, self.cols_RT = (
-            _padded([getattr(prompt, name) for prompt in prompts], total).to(device) for name in ("token", *_PLACE)
-        )
+        columns_5RT = np.zeros((5, self.rows, total), np.int64)
+        for r, (prompt, opening) in enumerate(zip(prompts, openings, strict=True)):
+            begun = len(prompt.token)
+            columns_5RT[:, r, :begun] = prompt.token, prompt.row, prompt.col, prompt.rows, prompt.cols
+            columns_5RT[0, r, begun : begun + len(opening)] = opening
+        self.token_RT, self.row_RT, self.col_RT, self.rows_RT, self.cols_RT = torch.from_numpy(columns_5RT).to(device)
         self.positions_RT2 = model.positions(self.grid(slice(None)))
         self.length_R = torch.tensor(lengths, device=device)
         self.every_R = torch.arange(self.rows, device=device)
@@ -64,7 +64,9 @@ class Streams:
         """Of the noise that some samplers add to these patches (model.noise), (patches,)."""
         self._active: list[bool] = []
         seen: dict[bytes, int] = {}
-        self.read(lengths, [seen.setdefault(_content(prompt), row) for row, prompt in enumerate(prompts)])
+        contents = (columns_5RT[:, r, :length].tobytes() + prompt.patches.tobytes()
+                    for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)))  # fmt: skip
+        self.read(lengths, [seen.setdefault(content, row) for row, content in enumerate(contents)])
 
     def read(self, lengths: list[int], like: list[int]) -> None:
         """Read all that was written so far, anew. lengths: slots of every row. like: a row that holds the same as each;
@@ -84,7 +86,7 @@ class Streams:
         angles = model.rotation(self.positions_RT2[read_U, slots])
         documents = Documents.of(valid.long(), KEY_MULTIPLE, model.config.block).to(device)
         documents = model.attended(documents, self.grid(read_U, slots))
-        hidden_USD, states = model.backbone.prefill(x_USD, angles, documents, self.token_RT.shape[1])
+        hidden_USD, states = model.backbone.prefill(x_USD, angles, documents)
         copies = [place[row] for row in like]
         copy_R = torch.tensor(copies, device=device)
         if copies != list(range(len(own))):
@@ -118,11 +120,6 @@ class Streams:
             self.key |= dict(zip(alike, fold(key_X1, ordinal_N), strict=True))
         self.noise |= {b: writers[b].noise_NP().to(device) for b in samples}
 
-    def places(self, row_N: Tensor) -> Tensor:
-        """row, col, rows, cols of the next slot of some rows, (N, 4)."""
-        columns = (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)
-        return torch.stack([column[row_N, self.length_R[row_N]] for column in columns], dim=-1)
-
     def put(self, tokens: dict[int, int]) -> None:
         """Write tokens into the next slots of samples."""
         if tokens:
@@ -154,11 +151,6 @@ class Streams:
         return self.patch_RTP[: self.rows // len(self.firsts)].cpu().numpy()
 
 
-def _content(prompt: Prompt) -> bytes:
-    columns = [getattr(prompt, name).astype(np.int64) for name in ("token", *_PLACE)]
-    return b"".join(column.tobytes() for column in (*columns, prompt.patches))
-
-
 def _new_slots(request: Request) -> int:
     patches = request.grid[0] * request.grid[1] if request.grid else request.max_patches
     return request.max_text + request.max_images * (patches + 4) + 1
@@ -168,23 +160,10 @@ def _rounded_up(rows: int) -> int:
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _padded(columns: Sequence[np.ndarray], length: int) -> Tensor:
-    filled = np.zeros((len(columns), length), np.int64)
-    for row, column in zip(filled, columns, strict=True):
-        row[: len(column)] = column
-    return torch.from_numpy(filled)
-
-
 def _without_text(prompt: Prompt, first_special: int) -> Prompt:
     keep = prompt.token >= first_special
     columns = {name: getattr(prompt, name)[keep] for name in ("token", *_PLACE)}
     return Prompt(**columns, patches=prompt.patches)
-
-
-def _extended(prompt: Prompt, tokens: list[int]) -> Prompt:
-    """With these tokens, which are none of patches, behind it."""
-    rest = {name: np.append(getattr(prompt, name), np.zeros(len(tokens), np.int64)) for name in _PLACE}
-    return Prompt(np.append(prompt.token, np.array(tokens, np.int64)), **rest, patches=prompt.patches)
 
 
 def _beginning(prompt: Prompt) -> Prompt:

@@ -104,11 +104,11 @@ class Backbone(nn.Module):
                 commit = commit + told.commit
         return self.norm(x_BSD), commit
 
-    def prefill(self, x_BSD: Tensor, angles: Rotation, documents: object, capacity: int) -> tuple[Tensor, list]:
-        """Whole prompts, and one decode state per layer with room for `capacity` slots."""
+    def prefill(self, x_BSD: Tensor, angles: Rotation, documents: object) -> tuple[Tensor, list]:
+        """Whole prompts, and one decode state per layer."""
         states: list = []
         for layer in self.layers:
-            x_BSD, state = layer(x_BSD, lambda kind, q, k, v: kind.prefill(q, k, v, angles, documents, capacity))
+            x_BSD, state = layer(x_BSD, lambda kind, q, k, v: kind.prefill(q, k, v, angles, documents))
             states.append(state)
         return self.norm(x_BSD), states
 

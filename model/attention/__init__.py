@@ -3,7 +3,7 @@
 A kind is a module, built from the model's configuration, with
 
     forward(q_BSHE, k_BSKE, v_BSKE, angles, documents) -> (out, told)   whole rows, each slot sees its document's past
-    prefill(q, k, v, angles, documents, capacity) -> (out, state)       the same, and a state to decode from
+    prefill(q, k, v, angles, documents) -> (out, state)                 the same, and a state to decode from
     step(q_B1HE, k_B1KE, v_B1KE, angles, length_B, reach, state) -> out
         one more slot; row b holds length_B[b], and with it all lie within the first `reach`
 

@@ -63,8 +63,8 @@ class VQAttention(nn.Module):
         return self._attended(q_BSHE, word_BSKE, code_BSK, codewords_KCE, v_BSKE, angles, documents), told
 
     def prefill(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, angles: Rotation, documents: Documents,
-                capacity: int) -> tuple[Tensor, VQState]:  # fmt: skip
-        """Attend over prompts that begin at slot 0 of their row, and keep what decoding needs, for any capacity."""
+                ) -> tuple[Tensor, VQState]:  # fmt: skip
+        """Attend over prompts that begin at slot 0 of their row, and keep what decoding needs."""
         real_BS = _real(documents, k_BSKE)
         word_BSKE, code_BSK, codewords_KCE, _ = self.codebook(k_BSKE, real_BS)
         out = self._attended(q_BSHE, word_BSKE, code_BSK, codewords_KCE, v_BSKE, angles, documents)

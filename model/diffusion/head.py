@@ -25,8 +25,8 @@ class DiffusionHead(nn.Module):
         self.patch_in = nn.Linear(patch, width)
         self.condition_in = nn.Linear(config.dim, width)
         self.location_in = nn.Linear(LOCATION_FEATURES, width)
-        self.time_in = nn.Linear(TIME_FEATURES, width)
-        self.time_out = nn.Linear(width, width)
+        self.time_in = FloatLinear(TIME_FEATURES, width)
+        self.time_out = FloatLinear(width, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.head.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, patch * config.head.outputs)
@@ -52,21 +52,19 @@ class DiffusionHead(nn.Module):
                     nn.init.zeros_(parameter)
 
     def condition(self, hidden_ND: Tensor, location_N4: Tensor) -> Tensor:
-        """What does not depend on the time: hidden state and place of the target patch. Returns (N, W).
+        """What does not depend on the time: hidden state and place of the target patch. Returns (N, W)."""
+        return self.condition_in(hidden_ND) + self.locate(location_N4)
 
-        location_N4: row, col (1-based), rows, cols of the target patch.
-        """
+    def locate(self, location_N4: Tensor) -> Tensor:
+        """The part of a place in the condition, (N, W). location_N4: row, col (1-based), rows, cols of a patch."""
         row, col, rows, cols = location_N4.unbind(-1)
         edges = torch.stack((row, col, rows - row, cols - col), dim=-1).float()
         features = sinusoid(edges, LOCATION_FEATURES // 4).flatten(-2)
-        return self.condition_in(hidden_ND) + self.location_in(features.to(hidden_ND.dtype))
+        return self.location_in(features.to(self.location_in.weight.dtype))
 
     def embed_time(self, time_M: Tensor) -> Tensor:
         """What is added to the condition for times in [0, 1], 0 is noise. Returns (M, W)."""
-        features = sinusoid(time_M * self.time_scale, TIME_FEATURES)
-        # It stays float32 under autocast: nearby times must not collapse.
-        with torch.autocast(time_M.device.type, enabled=False):
-            return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+        return self.time_out(F.silu(self.time_in(sinusoid(time_M * self.time_scale, TIME_FEATURES))))
 
     def forward(self, z_MP: Tensor, time_M: Tensor | None, condition_MW: Tensor) -> Tensor:
         """One evaluation. time_M as in embed_time; None: the condition holds the time already. Returns (M, P); with
@@ -80,6 +78,14 @@ class DiffusionHead(nn.Module):
                 u_MW = block(u_MW, modulator_MW)
         shift, scale = self.final_modulation(modulator_MW).chunk(2, dim=-1)
         return self.patch_out(F.layer_norm(u_MW, u_MW.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class FloatLinear(nn.Linear):
+    """Computes in the precision of its weight, float32 under autocast: nearby times must not collapse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class MoveEmbedding(nn.Embedding):

@@ -6,12 +6,11 @@ All patches of an image are noised together and see each other; the hidden state
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TIME_FEATURES, ModelConfig
-from model.diffusion.head import MoveEmbedding, sinusoid
+from model.diffusion.head import FloatLinear, MoveEmbedding, sinusoid
 
 
 class SequenceHead(nn.Module):
@@ -20,8 +19,8 @@ class SequenceHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.time_scale = config.head.time_scale
-        self.time_in = nn.Linear(TIME_FEATURES, config.dim)
-        self.time_out = nn.Linear(config.dim, config.dim)
+        self.time_in = FloatLinear(TIME_FEATURES, config.dim)
+        self.time_out = FloatLinear(config.dim, config.dim)
         self.patch_out = nn.Linear(config.dim, config.patch_width * config.head.outputs)
         if config.head.objective == "shortcut":
             self.shortcut_in = MoveEmbedding(config.dim)
@@ -36,10 +35,7 @@ class SequenceHead(nn.Module):
 
     def embed_time(self, time_N: Tensor) -> Tensor:
         """What is added to patches that are noised to times in [0, 1], 1 is clean. Returns (N, D)."""
-        features = sinusoid(time_N * self.time_scale, TIME_FEATURES)
-        # It stays float32 under autocast: nearby times must not collapse.
-        with torch.autocast(time_N.device.type, enabled=False):
-            return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+        return self.time_out(F.silu(self.time_in(sinusoid(time_N * self.time_scale, TIME_FEATURES))))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """The clean patch, velocity or noise of every patch, (N, P); with learned variance (N, 2P)."""

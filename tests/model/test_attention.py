@@ -87,7 +87,7 @@ class TestEveryKind:
 
     def test_prefill_and_steps_equal_forward(self, name) -> None:
         torch.manual_seed(0)
-        lengths, slots, added = [3, 7, 5], 7, 4
+        lengths, slots, added = [3, 30, 17], 30, 5  # beyond the slots that a state begins with
         total = slots + added
         angles = rotation(torch.rand(3, total, 2) * 9, frequencies(WIDTH, 1e4, "alternate", torch.device("cpu")))
         q, k, v = (torch.randn(3, total, heads, WIDTH) for heads in (4, 2, 2))
@@ -100,7 +100,7 @@ class TestEveryKind:
             return x[torch.arange(3), length_B].unsqueeze(1)
 
         head = Rotation(*(part[:, :slots] for part in angles))
-        out, state = kind.prefill(q[:, :slots], k[:, :slots], v[:, :slots], head, prompt, total)
+        out, state = kind.prefill(q[:, :slots], k[:, :slots], v[:, :slots], head, prompt)
         for b, length in enumerate(lengths):
             torch.testing.assert_close(out[b, :length], expected[b, :length], rtol=0, atol=2e-6)
         length_B = torch.tensor(lengths)

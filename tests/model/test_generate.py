@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import generate as generation
@@ -265,6 +266,31 @@ def test_samples_in_bf16_do_not_depend_on_longer_ones_of_their_batch() -> None:
         for batch in ((0, 1), (1, 2), (0, 1, 2)):
             together = generate(model, [requests[b] for b in batch], Sampling(steps=2))
             assert all(same(made, alone[b]) for made, b in zip(together, batch, strict=True))
+
+
+def test_weights_are_rounded_once_for_all_products(monkeypatch) -> None:
+    """Under autocast. The pixels do not change, and afterwards, also after an error, the weights are what they were."""
+    model, request = build(), image_request(0)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def drawn() -> tuple[list, int]:
+        with torch.autocast("cpu", torch.bfloat16), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
+            out = generate(model, [request], Sampling(steps=2))
+        shape = list(model.backbone.layers[0].mlp.down_proj.weight.shape)
+        casts = [event for event in p.events() if event.name == "aten::_to_copy" and event.input_shapes[0] == shape]
+        return out[0], len(casts)
+
+    once, casts = drawn()
+    assert casts == model.config.num_layers
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_rounded_once", lambda _: nullcontext())
+        every_time, casts = drawn()
+    assert casts > 3 * model.config.num_layers
+    assert same(once, every_time)
+    monkeypatch.setattr(Brush, "draw", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        drawn()
+    assert all(value.dtype == torch.float32 and torch.equal(value, kept[n]) for n, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("attention", KINDS)

@@ -43,7 +43,7 @@ def test_prefill_and_steps_equal_forward(kind) -> None:
         angles = model.angles(whole.grid)
         x = model.embed(whole.token_BS, whole.rows_BS > 0, whole.patches_NP.float() / 127.5 - 1)
         prompt = Documents.of(whole.document_BS[:, :split])
-        out, states = model.backbone.prefill(x[:, :split], Rotation(*(a[:, :split] for a in angles)), prompt, 20)
+        out, states = model.backbone.prefill(x[:, :split], Rotation(*(a[:, :split] for a in angles)), prompt)
         torch.testing.assert_close(out, expected[:, :split], rtol=0, atol=5e-6)
         for t in range(split, 16):
             here = Rotation(*(a[:, t : t + 1] for a in angles))

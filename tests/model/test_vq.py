@@ -209,7 +209,7 @@ def test_prefill_and_steps_equal_forward(band, codebook) -> None:
 
     expected, _ = kind(q, k, v, angles, documents(lengths + added, total))
     begin = [x[:, :30] for x in (q, k, v)]
-    out, state = kind.prefill(*begin, Rotation(*(a[:, :30] for a in angles)), documents(lengths, 30), total)
+    out, state = kind.prefill(*begin, Rotation(*(a[:, :30] for a in angles)), documents(lengths, 30))
     for b, length in enumerate(lengths):
         torch.testing.assert_close(out[b, :length], expected[b, :length], rtol=0, atol=1e-12)
     every, sizes = torch.arange(rows), _sizes(state)
@@ -233,7 +233,7 @@ def test_the_mean_of_values_beyond_the_window_lies_among_the_values() -> None:
     kind = make(window=4).eval()
     q, k, v, positions, document = case(5)
     document = torch.ones_like(document)
-    _, state = kind.prefill(q, k, v, exact_rotation(positions), Documents.of(document), 0)
+    _, state = kind.prefill(q, k, v, exact_rotation(positions), Documents.of(document))
     mean = state.value_sum_BKCE / state.count_BKC.clamp(min=1).unsqueeze(-1)
     used = (state.count_BKC > 0).unsqueeze(-1)
     low, high = v.amin(1).unsqueeze(2), v.amax(1).unsqueeze(2)
