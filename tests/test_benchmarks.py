@@ -146,13 +146,19 @@ def test_equal_quality_is_no_worse_and_fastest() -> None:
         row("Ropeway, 2 steps", 8, 5.0),
         row("Ropeway, 1 step", 16, 6.0),
     )
-    first = row("Ropeway, first version", 100, 1.0)
-    rows = [peer, slow, fast, worse, first]
-    assert fastest(peer, rows) is fast
-    reached = "8.0 (peer, by default). The goal of 5 is reached"
-    assert verdict(rows, ["peer"]).count(reached) == 2
+    compiled = row("Ropeway, compiled, 4 steps", 10, 4.0)
+    first = row("Ropeway, first version", 2, 4.5)
+    rows = [peer, slow, fast, worse, compiled, first]
+    assert fastest(peer, rows) is compiled
+    assert fastest(peer, rows, compiled=False) is fast
+    default, again, old = verdict(rows, ["peer"]).splitlines()[2:]
+    assert default.endswith("8.0, compiled 10.0 (peer, by default). The goal of 5 is reached.")
+    assert again.endswith("8.0, compiled 10.0 (peer, by default). The goal of 5 is reached.")
+    assert old.endswith("2.0, compiled 5.0 (Ropeway, first version). The goal of 5 is reached where compiled.")
     # As good as the peer's best but for a tenth, and twice as fast: ours with 2 steps is the fastest that is as good.
-    said = verdict([*rows, row("peer, 2 evaluations", 2, 5.4)], ["peer"])
-    assert said.count(reached) == 1
-    assert "4.0 (peer, 2 evaluations). The goal of 5 is missed" in said
+    _, said, _ = verdict([*rows, row("peer, 2 evaluations", 2.5, 5.4)], ["peer"]).splitlines()[2:]
+    assert said.endswith("3.2, compiled 4.0 (peer, 2 evaluations). The goal of 5 is missed.")
+    first = row("Ropeway, first version", 2, 1.0)
     assert fastest(first, [peer, slow, fast, worse, first]) is None
+    said = verdict([*rows[:-1], first], ["peer"])
+    assert "none is as good as Ropeway, first version. The goal of 5 is missed" in said
