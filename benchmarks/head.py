@@ -455,14 +455,15 @@ def figure(rows: Sequence[Row]) -> Figure:
     panels = [(data, "accuracy_percent") for data in dict.fromkeys(str(row["data"]) for row in rows)]
     panels += [("digits", "frechet_distance")] * (("digits", "accuracy_percent") in panels)
     result = Figure(figsize=(5.5 * len(panels), 6), layout="constrained")
+    colours: dict[str, int] = {}  # the same in every panel
     for axes, (data, key) in zip(result.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axes.set_prop_cycle(color=[colormaps["tab20"](n) for n in range(20)])
         lines: dict[str, dict[int, float]] = {}
         for (row, drawn), (count, value) in average(plain, data, key).items():
             lines.setdefault(f"{model[row]}, {drawn.split()[0]}", {})[count] = value
         for name, points in lines.items():
             if len(points) > 1:
-                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
+                colour = colormaps["tab20"](colours.setdefault(name, len(colours)))
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name, color=colour)
         axes.set(xlabel="evaluations per patch", ylabel=key.replace("_", " "), xscale="log", title=data)
         if key == "frechet_distance":
             axes.set_yscale("log")
