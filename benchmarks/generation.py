@@ -104,7 +104,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     systems, bf16 = _systems(), uses_bf16(precision, _CPU)
     settings = {"seconds": seconds, "documents": documents, "lr": lr, "batch": batch, "bf16": bf16,
-                "systems": [system.settings for system in systems]}  # fmt: skip
+                "systems": [system.settings for system in systems], "flow_share": _FLOW_SHARE,
+                "models": [repr(s.config) for s in systems if isinstance(s, RopewaySystem)]}  # fmt: skip
     _keep(folder / "settings.json", settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

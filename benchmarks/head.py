@@ -100,7 +100,7 @@ def run(
         steps: training steps of every model; default 600 on digits, 400 on shapes.
         minutes: begin nothing new after this time, and write the table of what there is; 0: only write it.
         folder: of the runs and scores.
-        known: result files of earlier tables; what they hold is taken from there.
+        known: result files of earlier tables; what they hold is taken from there, whatever the configurations were.
     """
     for name, value in (("seeds", seeds), ("pictures", pictures), ("steps", 1 if steps is None else steps)):
         if value < 1:
@@ -361,7 +361,7 @@ def measurement(cell: Cell) -> Row:
         "captions_exact_percent": _percent(score("caption exact" if prefix else "test split, caption exact")),
         "training_steps": cell.config.run.steps,
         "commit": scores.get("commit"),
-        "training_tflop": cell.config.log.every / 1000 * sum(
+        "training_tflop": cell.config.run.steps / 1000 * statistics.mean(
             line["gflops_per_second"] * line["step_seconds"] for line in metrics) if metrics else None,
     }  # fmt: skip
 
@@ -374,8 +374,8 @@ def summarise(rows: Sequence[Row]) -> Row:
     """Mean over the seeds of one way to draw, with the range."""
     first = rows[0]
 
-    def mean(key: str, digits: int) -> str | None:
-        values = [float(row[key]) for row in rows if row[key] is not None]  # type: ignore[arg-type]
+    def mean(key: str, digits: int, unit: float = 1) -> str | None:
+        values = [unit * float(row[key]) for row in rows if row[key] is not None]  # type: ignore[arg-type]
         if not values:
             return None
         spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
@@ -393,7 +393,7 @@ def summarise(rows: Sequence[Row]) -> Row:
         "loss, real": mean("image_loss_held_out", 3),
         "loss, own": mean("image_loss_own", 3),
         "captions, %": mean("captions_exact_percent", 1),
-        "CPU ms / picture": f"{1000 * statistics.mean(float(row['cpu_seconds_per_picture'] or 0) for row in rows):.1f}",
+        "CPU ms / picture": mean("cpu_seconds_per_picture", 1, 1000),
         "training, TFLOP": mean("training_tflop", 1),
         "seeds": len(rows),
     }  # fmt: skip
@@ -441,19 +441,20 @@ what a patch could be, are recognised best.
 Seams: steps between neighbouring pixels at borders of patches over those inside, over the same of real pictures.
 Loss: of the head on real pictures and on the model's own, as the row's loss counts it.
 Whole images are drawn by the Transformer itself, which is evaluated as often for all patches at once.
-Evaluations of the head count both streams where guidance acts. Ranges are over seeds. A distilled head has learned for
-as many updates more as the default, whose TFLOP its column does not show.
+Evaluations of the head count both streams where guidance acts. Ranges are over seeds; those of the CPU time say more of
+what else the machine did. A distilled head has learned for as many updates more as the default, whose TFLOP its column
+does not show.
 Every row of the JSON names the commit that measured it: {commits}.
 """
     )
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Quality against evaluations per patch: a panel per data set, and one for the Frechet distance."""
+    """Quality against evaluations per patch: for each data set a panel of accuracy and one of the Frechet distance."""
     model = {setting.name: setting.model or setting.name for setting in SETTINGS}
     plain = [row for row in rows if row["drawn"] == f"{row['sampler']} {row['steps']}"]
     panels = [(data, "accuracy_percent") for data in dict.fromkeys(str(row["data"]) for row in rows)]
-    panels += [("digits", "frechet_distance")] * (("digits", "accuracy_percent") in panels)
+    panels += [(data, "frechet_distance") for data, _ in panels]
     result = Figure(figsize=(5.5 * len(panels), 6), layout="constrained")
     colours: dict[str, int] = {}  # the same in every panel
     for axes, (data, key) in zip(result.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

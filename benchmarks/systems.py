@@ -83,8 +83,9 @@ class RopewaySystem:
         self.name, self.config, self.side = name, config, side
         self.sampling, self.first_seed, self.rows_prepared = Sampling(), 0, 0
         self.settings = (
-            f"learns {config.head.draws} noise draw(s) per patch; draws by default with {self.sampling.sampler}, "
-            f"{self.sampling.steps} evaluations per patch, guidance scale {self.sampling.guidance.scale:g}"
+            f"{config.num_heads} query and {config.kv_heads} key heads; learns {config.head.draws} noise draw(s) per "
+            f"patch; draws by default with {self.sampling.sampler}, {self.sampling.steps} evaluations per patch, "
+            f"guidance scale {self.sampling.guidance.scale:g}"
         )
         tokenizer = Tokenizer.bytes()
         self.grid = side // config.patch_size

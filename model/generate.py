@@ -42,7 +42,8 @@ def _rounded_once(model: nn.Module) -> Iterator[None]:
     every product, since in inference mode it keeps nothing."""
     device = next(model.parameters()).device.type
     own = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    parameters = [p for module in model.modules() if own and type(module) is nn.Linear for p in module.parameters()]
+    linears = [module for module in model.modules() if own and type(module) is nn.Linear]
+    parameters = [p for linear in linears for p in linear.parameters() if p.dtype == torch.float32]
     whole = [parameter.data for parameter in parameters]
     try:
         for parameter in parameters:
@@ -64,6 +65,7 @@ def _generate(model: Ropeway, requests: Sequence[Request], sampling: Sampling, p
             streams.begin_images(begun, writers)
             if begun and model.sequence_head:
                 paint(model, model.sequence_head, writers, begun, streams, sampling)
+                bar.update(max(writers[b].written for b in begun))
                 continue
             if begun or brush is None or brush.draws != draws:
                 brush = Brush(model, writers, draws, streams, sampling)

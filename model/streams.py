@@ -136,11 +136,13 @@ class Streams:
                 active[first + b] = True
         if active != self._active:
             self._active, self.active_R = active, torch.tensor(active, device=self.length_R.device)
-        every_R, length_R = self.every_R, self.length_R
+        every_R, length_R, reach = self.every_R, self.length_R, rounded_up(self.longest + 1)
+        for state in self.states:
+            state.reserve(reach, self.token_RT.shape[1])
         hidden = self.model.step(
             self.token_RT[every_R, length_R], self.patch_RTP[every_R, length_R] if draws else None,
             self.rows_RT[every_R, length_R] > 0, self.positions_RT2[every_R, length_R], length_R,
-            rounded_up(self.longest + 1), self.states,
+            reach, self.states,
         )  # fmt: skip
         self.hidden_RD = torch.where(self.active_R[:, None], hidden, self.hidden_RD)
         self.length_R = self.length_R + self.active_R

@@ -122,7 +122,7 @@ def test_summary_and_notes(tmp_path: Path) -> None:
     summary = head.summarise(rows[:2])
     assert summary["right, %"] == "98.0 (97.0 to 99.0)"
     assert summary["Frechet distance"] is None
-    assert summary["CPU ms / picture"] == "2.0"
+    assert summary["CPU ms / picture"] == "2.0 (2.0 to 2.0)"
     assert summary["seeds"] == 2
     text = head.notes(rows, cells(tmp_path, ["default"], ("digits",)))
     assert "50 steps of Heun: 98.0 % right." in text

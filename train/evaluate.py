@@ -239,10 +239,9 @@ def _drift(task: Task, prompts: Sequence[str], drawn: Sequence[np.ndarray] | np.
     """The loss of the head on real pictures (every patch after the true ones) and on the model's own (every patch after
     what it drew itself). A model of the true distribution has the same on both. More on its own: drawing drifts away.
     Less: what it draws is smoother than real pictures, and so easier to predict."""
-    return {
-        "image loss, held-out pictures": image_loss(task.generator, real_prompts, real),
-        "image loss, own pictures": image_loss(task.generator, prompts, drawn),
-    }
+    held_out, own = image_loss(task.generator, real_prompts, real), image_loss(task.generator, prompts, drawn)
+    return {"image loss, held-out pictures": held_out, "image loss, own pictures": own,
+            "image loss, gap": own - held_out}  # fmt: skip
 
 
 @torch.inference_mode()

@@ -10,8 +10,8 @@ from model.attention.documents import Documents, Group
 from model.rope import Rotation, rotate
 
 KEY_MULTIPLE = 32
-"""While generating, a state holds a multiple of this many slots, the surplus masked: how a sum over keys is split into
-vectors follows their number, and the rounding of a sample must not depend on the lengths of the others."""
+"""While generating, keys are attended in multiples of this many slots, the surplus masked: how a sum over keys is split
+into vectors follows their number, and the rounding of a sample must not depend on the lengths of the others."""
 
 
 FLOAT_UP_TO = 512
@@ -22,15 +22,16 @@ the others of a batch do not decide the precision."""
 
 @dataclass
 class DenseState:
-    """Rotated keys and values of the slots so far, (B, K, T, E) each. All T slots are attended: products of a part of
-    a larger tensor are many times slower on CPUs, in bfloat16."""
+    """Rotated keys and values of the slots so far, (B, K, T, E) each."""
 
     key_BKTE: Tensor
     value_BKTE: Tensor
 
-    def reserve(self, slots: int) -> None:
-        """Make room for so many slots."""
-        if (missing := slots - self.key_BKTE.shape[2]) > 0:
+    def reserve(self, reach: int, slots: int) -> None:
+        """Make room for the steps within `reach`, of `slots` in all. CPUs multiply a part of a larger tensor many times
+        slower, in bfloat16: there room is made bit by bit, elsewhere at once."""
+        room = reach if self.key_BKTE.device.type == "cpu" else rounded_up(slots)
+        if (missing := room - self.key_BKTE.shape[2]) > 0:
             self.key_BKTE, self.value_BKTE = (F.pad(x, (0, 0, 0, missing)) for x in (self.key_BKTE, self.value_BKTE))
 
 
@@ -62,19 +63,19 @@ class DenseAttention(nn.Module):
     def step(self, q_B1HE: Tensor, k_B1KE: Tensor, v_B1KE: Tensor, angles: Rotation, length_B: Tensor, reach: int,
              state: DenseState) -> Tensor:  # fmt: skip
         """One more slot for every sample. length_B: slots already held. reach: a multiple of KEY_MULTIPLE, known on the
-        host, within which all slots lie, the new one too."""
-        state.reserve(reach)
+        host, within which all slots lie, the new one too; the state has room for it."""
         sample = torch.arange(len(length_B), device=length_B.device)
         q_BHE, k_BKE = rotate(torch.cat((q_B1HE, k_B1KE), 2), angles)[:, 0].split((q_B1HE.shape[2], k_B1KE.shape[2]), 1)
         state.key_BKTE[sample, :, length_B] = k_BKE
         state.value_BKTE[sample, :, length_B] = v_B1KE[:, 0]
-        unseen_BT = torch.arange(state.key_BKTE.shape[2], device=length_B.device) > length_B[:, None]
+        key_BKTE, value_BKTE = state.key_BKTE[:, :, :reach], state.value_BKTE[:, :, :reach]
+        unseen_BT = torch.arange(reach, device=length_B.device) > length_B[:, None]
         bias_BT = torch.zeros_like(unseen_BT, dtype=torch.float32).masked_fill_(unseen_BT, -torch.inf)
         # Plain products: the fused kernel of the CPU rounds a single query differently from thread to thread.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        score_BKGT = q_BKGE @ state.key_BKTE.transpose(-1, -2)
+        score_BKGT = q_BKGE @ key_BKTE.transpose(-1, -2)
         weight_BKGT = torch.add(bias_BT[:, None, None], score_BKGT, alpha=self.scale).softmax(-1)
-        return (weight_BKGT.to(score_BKGT.dtype) @ state.value_BKTE).flatten(1, 2).unsqueeze(1)
+        return (weight_BKGT.to(score_BKGT.dtype) @ value_BKTE).flatten(1, 2).unsqueeze(1)
 
     def _grouped(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents) -> Tensor:
         q, k, v = (x.flatten(0, 1) for x in (q_BSHE, k_BSKE, v_BSKE))

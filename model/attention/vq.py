@@ -43,6 +43,9 @@ class VQState:
     summed_B: Tensor
     """Slots in the sums. A slot that is written twice, because its row was not active, is added once."""
 
+    def reserve(self, reach: int, slots: int) -> None:
+        """There is room for any number."""
+
 
 class VQAttention(nn.Module):
     """Causal softmax attention over quantised keys inside each document."""

@@ -59,12 +59,18 @@ class AnglePath:
         for beta in betas:
             log_alpha += math.log1p(-beta) / 2
             angles.append(math.atan2(math.sqrt(-math.expm1(2 * log_alpha)), math.exp(log_alpha)))
-        self.angles = torch.tensor(angles, dtype=torch.float64)
+        self._angles = {torch.device("cpu"): torch.tensor(angles, dtype=torch.float64)}
+
+    def angles(self, device: torch.device) -> Tensor:
+        """Sent to a device once, so that drawing need not wait for it."""
+        if device not in self._angles:
+            self._angles[device] = self._angles[torch.device("cpu")].to(device)
+        return self._angles[device]
 
     def at(self, time: Tensor) -> Point:
         level = (1 - time.double()) * LEVELS
         below = level.floor().clamp(0, LEVELS - 1)
-        angles, index = self.angles.to(time.device), below.long()
+        angles, index = self.angles(time.device), below.long()
         angle = torch.lerp(angles[index], angles[index + 1], level - below)
         alpha, sigma = angle.cos().to(time.dtype), angle.sin().to(time.dtype)
         return Point(alpha, sigma, sigma, alpha, alpha + sigma)
@@ -74,7 +80,7 @@ class AnglePath:
         return at.alpha / (at.alpha + at.sigma)
 
     def own(self, straight: Tensor) -> Tensor:
-        angles = self.angles.to(straight.device)
+        angles = self.angles(straight.device)
         angle = torch.atan2(1 - straight.double(), straight.double()).clamp_max(angles[-1])
         above = torch.searchsorted(angles, angle).clamp(1, LEVELS)
         low, high = angles[above - 1], angles[above]

@@ -31,8 +31,8 @@ class LearnedMidpoint(nn.Module):
     def middle(self, z: Tensor, first: Tensor, time: float, after: float) -> Tensor:
         """Where to look between two times, (N, 1), given z (N, P) and the velocity there."""
         clean = z + (1 - time) * first
-        times = z.new_tensor([time, after]).expand(len(z), 2)
-        features = torch.cat((z, clean, times), dim=1).to(self.up.weight.dtype)
+        times = [z.new_full((len(z), 1), at) for at in (time, after)]
+        features = torch.cat((z, clean, *times), dim=1).to(self.up.weight.dtype)
         share = torch.sigmoid(self.down(F.silu(self.up(features))))
         return time + (after - time) * share.to(z.dtype)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import KINDS
-from model.attention.dense import DenseAttention, rounded_up, softmax_attention
+from model.attention.dense import DenseAttention, DenseState, rounded_up, softmax_attention
 from model.attention.documents import BLOCK, Documents
 from model.rope import Rotation, frequencies, rotation
 from tests.model.support import make_kind, slow_attention, slow_vq
@@ -107,9 +107,22 @@ class TestEveryKind:
         for step in range(added):
             here = Rotation(*(at(part, length_B) for part in angles))
             new, reach = (at(x, length_B) for x in (q, k, v)), rounded_up(slots + step + 1)
+            state.reserve(reach, total)
             out = kind.step(*new, here, length_B, reach, state)
             torch.testing.assert_close(out, at(expected, length_B), rtol=0, atol=2e-6)
             length_B = length_B + 1
+
+
+def test_room_is_made_bit_by_bit_on_cpus_and_elsewhere_at_once() -> None:
+    filled, empty = (torch.ones(2, 3, 32, 8, device=device) for device in ("cpu", "meta"))
+    on_cpu, elsewhere = DenseState(filled, filled), DenseState(empty, empty)
+    for reach, room in ((32, 32), (64, 64), (64, 64)):
+        on_cpu.reserve(reach, 100)
+        elsewhere.reserve(reach, 100)
+        assert on_cpu.key_BKTE.shape == on_cpu.value_BKTE.shape == (2, 3, room, 8)
+        assert elsewhere.key_BKTE.shape == elsewhere.value_BKTE.shape == (2, 3, 128, 8)
+    assert (on_cpu.key_BKTE[:, :, :32] == 1).all()
+    assert (on_cpu.key_BKTE[:, :, 32:] == 0).all()
 
 
 class _Peeks(DenseAttention):

@@ -24,6 +24,7 @@ from model.diffusion.guidance import Guidance
 from model.diffusion.objective import OBJECTIVES
 from model.diffusion.path import PATHS
 from model.diffusion.sampler import GRIDS, SAMPLERS
+from model.diffusion.solver import LearnedMidpoint
 from model.generate import generate
 from model.sampling import Sampling, choose_tokens
 from model.streams import Streams
@@ -290,7 +291,18 @@ def test_weights_are_rounded_once_for_all_products(monkeypatch) -> None:
     monkeypatch.setattr(Brush, "draw", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         drawn()
+    with torch.autocast("cpu", torch.bfloat16), generation._rounded_once(model), generation._rounded_once(model):
+        pass
     assert all(value.dtype == torch.float32 and torch.equal(value, kept[n]) for n, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("image_mode", ["autoregressive", "transfusion"])
+def test_progress_counts_patches(image_mode, monkeypatch, capsys) -> None:
+    model, counted = build(tiny_config(image_mode=image_mode)), []
+    monkeypatch.setattr(generation.tqdm, "update", lambda bar, n=1: counted.append(n))
+    generate(model, [image_request(0, grid=(3, 4), max_text=0)], Sampling(steps=2), progress=True)
+    assert sum(counted) == 12
+    assert "slot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("attention", KINDS)
@@ -546,8 +558,10 @@ def test_free_grid_respects_the_budget() -> None:
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("attention", ["dense", pytest.param("vq", marks=pytest.mark.slow)])
-def test_compiled_drawing_draws_the_same(attention) -> None:
-    """Up to rounding; and still whatever the batch, also where samples pass 64 keys and begin images at other times."""
+def test_compiled_drawing_draws_the_same(attention, monkeypatch) -> None:
+    """Up to rounding; and still whatever the batch, also where samples pass KEY_MULTIPLE and begin images at other
+    times; and all of it stays compiled."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     config = tiny_config(attention=attention, head=HeadConfig(width=24, depth=2))
     requests = random_requests(9)  # more than one fills of the rows of a batch
     sampling = Sampling(steps=2, temperature=0, guidance=Guidance(2.0, "constant"))
@@ -651,6 +665,10 @@ LEAKS = {
         ("matching", "flow", "sde", 1.0, "nothing"),
         ("ddpm", "cosine", "ddpm", 2.0, "nothing"),
         ("consistency", "flow", "consistency", 1.0, "nothing"),
+        ("matching", "flow", "midpoint", 1.0, "nothing"),
+        ("matching", "cosine", "geometric", 1.0, "nothing"),
+        ("matching", "flow", "learned", 1.0, "nothing"),
+        ("matching", "linear", "learned", 2.0, "nothing"),
     ],
 )
 def test_patches_need_no_word_between_host_and_device(objective, path, sampler, scale, leak, monkeypatch) -> None:
@@ -672,7 +690,9 @@ def test_patches_need_no_word_between_host_and_device(objective, path, sampler, 
     # Once per prompt, and once at the end:
     monkeypatch.setattr(Streams, "read", reading)
     monkeypatch.setattr(Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
-    model = build(tiny_config(head=replace(head_of(objective), path=path))).to("meta")
+    model = build(tiny_config(head=replace(head_of(objective), path=path)))
+    model.solver = LearnedMidpoint(model.config.patch_width, 4, "uniform")
+    model = model.to("meta")
 
     def sent(grid: tuple[int, int]) -> int:
         requests = [Request(prompt_of([Words([1] * n)]), n, True, grid, max_text=0) for n in (1, 4)]
@@ -681,6 +701,7 @@ def test_patches_need_no_word_between_host_and_device(objective, path, sampler, 
         return transfers.count
 
     if leak in ("nothing", "upload", "numbers"):
+        sent((1, 2))  # what is sent once for all
         counts = sent((1, 2)), sent((3, 4))
         assert counts[0] > 0
         assert (counts[0] == counts[1]) == (leak == "nothing"), counts

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model.attention import KINDS
+from model.attention.dense import KEY_MULTIPLE
 from model.attention.documents import Documents
 from model.rope import Rotation
 from model.transformer import Backbone, SwiGLU
@@ -47,7 +48,7 @@ def test_prefill_and_steps_equal_forward(kind) -> None:
         torch.testing.assert_close(out, expected[:, :split], rtol=0, atol=5e-6)
         for t in range(split, 16):
             here = Rotation(*(a[:, t : t + 1] for a in angles))
-            out = model.backbone.step(x[:, t : t + 1], here, torch.full((2,), t), 64, states)
+            out = model.backbone.step(x[:, t : t + 1], here, torch.full((2,), t), KEY_MULTIPLE, states)
             torch.testing.assert_close(out[:, 0], expected[:, t], rtol=0, atol=5e-6)
 
 
