@@ -50,6 +50,8 @@ SETTINGS = (
     Setting("distilled from data", "objective", (), _draw("consistency", 1, 2, 4), distilled=True, from_data=True),
     Setting("few steps", "sampler", drawings=(*_draw("euler", 1, 2, 4, 8), *_draw("heun", 1, 2, 4, 8),
             *_draw("learned", 2, 4, 8)), model="default"),
+    Setting("many steps", "sampler", drawings=(*_draw("euler", 50), *_draw("heun", 16)), model="default",
+            data=("shapes",)),
     Setting("whole images", "image mode", (("model.image_mode", "transfusion"),), _draw("euler", 16, 4, 50)),
     Setting("whole images, shortcut", "image mode", (("model.image_mode", "transfusion"),
             ("model.head.objective", "shortcut")), _draw("euler", 16, 1, 2, 4), data=("digits",)),

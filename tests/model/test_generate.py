@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import generate as generation
 from model.attention import KINDS
-from model.attention.dense import DenseState
+from model.attention.dense import DenseAttention, DenseState
+from model.attention.vq import VQState
 from model.batch import Batch, to_bytes
 from model.brush import Brush
-from model.config import HeadConfig
+from model.config import HeadConfig, ModelConfig
 from model.diffusion.field import Field
 from model.diffusion.guidance import Guidance
 from model.diffusion.objective import OBJECTIVES
@@ -645,6 +646,15 @@ class Transfers(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
+def empty_state(kind: torch.nn.Module, rows: int, config: ModelConfig) -> DenseState | VQState:
+    """A state on the meta device."""
+    if isinstance(kind, DenseAttention):
+        return DenseState(*torch.zeros(2, rows, config.kv_heads, 128, config.head_width, device="meta").unbind())
+    keys, values = torch.zeros(2, rows, config.kv_heads, kind._ring, config.head_width, device="meta").unbind()
+    code, summed = keys[..., 0].long(), torch.zeros(rows, dtype=torch.long, device="meta")
+    return VQState(keys, code, values, *kind._empty_sums(values.transpose(1, 2)), summed)
+
+
 LEAKS = {
     "nothing": lambda hidden: None,
     "item": lambda hidden: hidden.sum().item(),
@@ -671,7 +681,10 @@ LEAKS = {
         ("matching", "linear", "learned", 2.0, "nothing"),
     ],
 )
-def test_patches_need_no_word_between_host_and_device(objective, path, sampler, scale, leak, monkeypatch) -> None:
+@pytest.mark.parametrize("attention", KINDS)
+def test_patches_need_no_word_between_host_and_device(
+    objective, path, sampler, scale, leak, attention, monkeypatch
+) -> None:
     """On the meta device, where nothing has a value that one could wait for; and nothing is sent per patch."""
     draw = Brush.draw
 
@@ -680,9 +693,8 @@ def test_patches_need_no_word_between_host_and_device(objective, path, sampler, 
         LEAKS[leak](self.streams.hidden_RD)
 
     def reading(self, lengths: list[int], like: list[int]) -> None:  # type: ignore[no-untyped-def]
-        self.longest, shape = 64, (len(lengths), model.config.kv_heads, 128, model.config.head_width)
-        empty = [torch.zeros(shape, device="meta") for _ in range(4)]
-        self.states = [DenseState(*empty[:2]), DenseState(*empty[2:])]
+        self.longest = 64
+        self.states = [empty_state(layer.self_attn.kind, len(lengths), model.config) for layer in model.backbone.layers]
         self.hidden_RD = torch.zeros(len(lengths), model.config.dim, device="meta")
 
     monkeypatch.setattr(Brush, "draw", leaking)
@@ -690,7 +702,7 @@ def test_patches_need_no_word_between_host_and_device(objective, path, sampler, 
     # Once per prompt, and once at the end:
     monkeypatch.setattr(Streams, "read", reading)
     monkeypatch.setattr(Streams, "drawn", lambda self: np.zeros(self.patch_RTP.shape, np.uint8))
-    model = build(tiny_config(head=replace(head_of(objective), path=path)))
+    model = build(tiny_config(attention=attention, head=replace(head_of(objective), path=path)))
     model.solver = LearnedMidpoint(model.config.patch_width, 4, "uniform")
     model = model.to("meta")
 
