@@ -17,7 +17,7 @@ from model.positions import Grid
 from model.rope import Rotation
 from model.ropeway import Ropeway
 from model.sampling import Sampling, sampler_of
-from model.streams import ROW_MULTIPLE, Streams
+from model.streams import ROW_MULTIPLE, Streams, places
 from model.writer import Writer
 
 
@@ -34,12 +34,12 @@ class Brush:
         # Filled up for the same reason as the streams: products of few rows round differently.
         chosen = draws + draws[-1:] * (-len(draws) % ROW_MULTIPLE)
         device = streams.hidden_RD.device
-        self.sample_N = torch.tensor(chosen, device=device)
-        self.row_X = torch.cat([first + self.sample_N for first in streams.firsts])
+        sample_N = torch.tensor(chosen, device=device)
+        self.row_X = torch.cat([first + sample_N for first in streams.firsts])
         self.every_N = torch.arange(len(chosen), device=device)
         grids = [(writers[b].rows, writers[b].cols) for b in chosen]
         every = list(dict.fromkeys(grids))
-        self.place_GTW = pad_sequence([self.head.locate(places(*grid).to(device)) for grid in every], batch_first=True)
+        self.place_GTW = pad_sequence([self.head.locate(places(*grid, device)) for grid in every], batch_first=True)
         self.written_N, self.count_N, self.grid_N = torch.tensor(
             [[writers[b].written, rows * cols, every.index((rows, cols))]
              for b, (rows, cols) in zip(chosen, grids, strict=True)], device=device,
@@ -67,12 +67,6 @@ class Brush:
         z = self.noise_NTP[every_N, written_N] * self.noise_scale
         z = self.sampler(self.field, z, self.times, self.field.noise)
         streams.patch_RTP[self.row_X, streams.length_R[self.row_X]] = to_bytes(z).repeat(len(streams.firsts), 1)
-
-
-def places(rows: int, cols: int) -> Tensor:
-    """row, col, rows, cols of every patch of an image, (T, 4)."""
-    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)) + 1
-    return torch.cat((grid, grid[-1:].expand_as(grid)), dim=1)
 
 
 def jumps(sampling: Sampling) -> int:

@@ -38,8 +38,8 @@ def generate(
 
 @contextmanager
 def _rounded_once(model: nn.Module) -> Iterator[None]:
-    """Under autocast: meanwhile the weights of linears are in its precision. Autocast itself would round them again for
-    every product, since in inference mode it keeps nothing."""
+    """Under autocast: meanwhile the weights of linears are in its precision, but for those of a FloatLinear. Autocast
+    itself would round them again for every product, since in inference mode it keeps nothing."""
     device = next(model.parameters()).device.type
     own = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     linears = [module for module in model.modules() if own and type(module) is nn.Linear]

@@ -111,10 +111,9 @@ class Streams:
             slot_XN = self.length_R[every].unsqueeze(1) + ordinal_N
             row_X1 = torch.tensor(every, device=device).unsqueeze(1)
             self.token_RT[row_X1, slot_XN] = self.model.vocabulary.patch
-            self.row_RT[row_X1, slot_XN] = ordinal_N // cols + 1
-            self.col_RT[row_X1, slot_XN] = ordinal_N % cols + 1
-            self.rows_RT[row_X1, slot_XN] = rows
-            self.cols_RT[row_X1, slot_XN] = cols
+            columns = (self.row_RT, self.col_RT, self.rows_RT, self.cols_RT)
+            for column_RT, values_N in zip(columns, places(rows, cols, device).unbind(1), strict=True):
+                column_RT[row_X1, slot_XN] = values_N
             self.positions_RT2[every] = self.model.positions(self.grid(every))
             key_X1 = torch.tensor([[writers[b].image_key] for b in alike], device=device)
             self.key |= dict(zip(alike, fold(key_X1, ordinal_N), strict=True))
@@ -151,6 +150,13 @@ class Streams:
     def drawn(self) -> np.ndarray:
         """Patches by sample and slot of its first stream, (B, T, P) uint8, on the host."""
         return self.patch_RTP[: self.rows // len(self.firsts)].cpu().numpy()
+
+
+def places(rows: int, cols: int, device: torch.device) -> Tensor:
+    """row, col (1-based), rows, cols of every patch of an image in order, (N, 4)."""
+    ordinal_N = torch.arange(rows * cols, device=device)
+    sizes = (torch.full_like(ordinal_N, size) for size in (rows, cols))
+    return torch.stack((ordinal_N // cols + 1, ordinal_N % cols + 1, *sizes), dim=1)
 
 
 def _new_slots(request: Request) -> int:
